@@ -1,0 +1,431 @@
+"""`params.yaml` as frozen, typed objects: read, checked and overridden in this one place.
+
+The text under a field is its help everywhere: in errors, in `--help` and in the Airflow form. A section bears the name of
+the stage that reads it. A workload keeps its own section beside its code, in `slipway/workloads/NAME/params.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from slipway.errors import ParamsError
+
+PARAMS_FILE = Path("params.yaml")
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Port = Annotated[int, Field(ge=1024, le=65535)]
+
+
+def turn() -> Any:
+    """Mark a field as one that a user turns for a single run: it appears in the Airflow form."""
+    return Field(json_schema_extra={"form": True})
+
+
+class Section(BaseModel):
+    """A part of `params.yaml`: frozen, strict, and deaf to keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Columns(Section):
+    """Which columns of the source hold what: a name, or a position from 0 where the file has no header."""
+
+    user: str | int = 0
+    """Column of the user (name, or position from 0)."""
+    item: str | int = 1
+    """Column of the item (name, or position from 0)."""
+    time: str | int | None = None
+    """Column of the time (name, or position from 0); empty: the order of the rows counts."""
+
+
+class IngestParams(Section):
+    """Where the events come from and which of them are kept."""
+
+    source: Annotated[str, Field(min_length=1), turn()] = "imports"
+    """Path or URL of a CSV, TSV, Parquet or text table, or `imports`: the embedded data set."""
+    format: Literal["auto", "csv", "tsv", "parquet", "text"] = "auto"
+    """Form of the source; auto: by its ending (text: columns parted by blanks, no header)."""
+    columns: Columns = Columns()
+    """Which columns hold what."""
+    min_user_events: Annotated[int, Field(ge=3)] = 3
+    """Users with fewer events are left out (events, 3 or more: one each to train, validate and test)."""
+    min_item_events: Count = 1
+    """Items with fewer events are left out (events, 1 or more)."""
+    memory_mb: Annotated[int, Field(ge=128)] = 1024
+    """Memory that reading and sorting may use (MB, 128 or more); what does not fit goes to disk."""
+    distributions: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("pandas",)
+    """Installed Python distributions that the `imports` data set is mined from."""
+
+
+class ValidateParams(Section):
+    """When data are too bad to train on. Hard limits stop the pipeline, soft ones warn."""
+
+    max_null_ratio: Share = 0.0
+    """Hard: share of rows without a user, an item or a time (0..1)."""
+    max_duplicate_ratio: Share = 0.01
+    """Hard: share of rows that repeat an earlier user, item and time (0..1)."""
+    min_users: Count = 100
+    """Hard: users after filtering (1 or more)."""
+    min_items: Count = 20
+    """Hard: items after filtering (1 or more)."""
+    min_volume_ratio: Share = 0.5
+    """Hard: events against the last accepted version of the same source (0..1)."""
+    max_psi: Positive = 0.2
+    """Soft: population stability index of the item distribution against the last accepted version (over 0)."""
+
+
+class TrainParams(Section):
+    """How the model is trained; what the model is stands in the workload's own section."""
+
+    epochs: Annotated[int, Field(ge=1, le=10_000), turn()] = 10
+    """Passes over the training data (1..10000)."""
+    batch_size: Count = 256
+    """Samples a step on one process: the micro-batch (1 or more)."""
+    learning_rate: Positive = 1e-3
+    """Peak learning rate of AdamW (over 0)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of AdamW (0 or more)."""
+    world_size: Annotated[int, Field(ge=1, le=64), turn()] = 2
+    """Training processes on this machine (1..64)."""
+    zero_stage: Literal[0, 1, 2] = 1
+    """DeepSpeed ZeRO stage: what is partitioned among the processes (0 nothing, 1 optimizer, 2 and gradients)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of forward and backward; weights and optimizer keep fp32 masters."""
+    checkpoint_every_s: Positive = 30.0
+    """Seconds between checkpoints (over 0)."""
+    seed: Annotated[int, Field(ge=0)] = 1
+    """Seed of initial weights, order and dropout (0 or more)."""
+
+
+class CompressParams(Section):
+    """Compression and the gate that a compressed model has to pass."""
+
+    int8: Annotated[bool, turn()] = True
+    """Try INT8 (static, per channel, calibrated); off: the FP32 export is served."""
+    calibration_samples: Count = 512
+    """Training samples that the INT8 ranges are read from (1 or more)."""
+    max_drop: Share = 0.02
+    """Largest loss of the workload's metric on validation data that INT8 may cost, relative (0..1)."""
+    min_speedup: Positive = 1.1
+    """Least ratio of FP32 to INT8 latency, one thread, that makes INT8 worth it (over 0)."""
+
+
+class EvaluateParams(Section):
+    """Gates that a candidate has to pass before it is registered."""
+
+    max_users: Annotated[int, Field(ge=0)] = 0
+    """Test samples that are scored, drawn at random (0: all)."""
+    min_metric: Share = 0.01
+    """Least value of the workload's metric on test data (0..1)."""
+    max_champion_drop: Share = 0.05
+    """Largest loss of the metric against the present champion on the same data, relative (0..1)."""
+    max_latency_ms: Positive = 50.0
+    """Largest P99 of a single prediction in the engine, one thread (ms)."""
+
+
+class RegisterParams(Section):
+    """What a registered version carries."""
+
+    replay_samples: Annotated[int, Field(ge=10, le=100_000)] = 2000
+    """Held-out samples that travel with a version and are replayed when it is a canary (10..100000)."""
+
+
+class SloParams(Section):
+    """The service level that users were promised."""
+
+    p99_ms: Annotated[Positive, turn()] = 100.0
+    """Largest P99 latency at the gateway (ms, over 0)."""
+    max_error_ratio: Annotated[Share, turn()] = 0.001
+    """Largest share of failed requests (0..1)."""
+
+
+class ServeParams(Section):
+    """The model server: one replica is one process."""
+
+    max_batch: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Most requests that share one run of the engine (1..1024)."""
+    max_wait_ms: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Longest wait for a batch to fill while the engine is idle (ms, 0..1000; 0: work-conserving)."""
+    max_queue: Count = 512
+    """Requests that may wait; one more gets 429 (1 or more)."""
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 1_048_576
+    """Largest request body; a larger one gets 413 (bytes, 1024 or more)."""
+    threads: Count = 1
+    """Threads of the engine in one replica (1 or more)."""
+    drain_s: Positive = 10.0
+    """Longest time that a stopping replica finishes its requests (s, over 0)."""
+
+
+class DeployParams(Section):
+    """How a version comes up."""
+
+    replicas: Annotated[int, Field(ge=1, le=64), turn()] = 2
+    """Replicas of a version (1..64)."""
+    ready_timeout_s: Positive = 60.0
+    """Longest wait for all replicas to be ready (s, over 0)."""
+
+
+class CanaryParams(Section):
+    """How a candidate gains traffic, and what stops it."""
+
+    step_weights: Annotated[tuple[Share, ...], Field(min_length=1, strict=False), turn()] = (0.05, 0.25, 0.5)
+    """Share of users on the canary in each step (rising, 0..1)."""
+    interval_s: Positive = 10.0
+    """Length of one step (s, over 0); a step without enough requests is held."""
+    max_holds: Annotated[int, Field(ge=0)] = 6
+    """Times that a step may be held for want of requests before the canary is rolled back (0 or more)."""
+    min_requests: Count = 50
+    """Requests on the canary below which a step is not judged (1 or more)."""
+    replay_rate_rps: Annotated[float, Field(ge=0, le=10_000)] = 50.0
+    """Rate at which held-out samples are replayed as live traffic (requests/s, 0: none)."""
+    max_p99_ratio: Annotated[float, Field(ge=1)] = 2.0
+    """Largest P99 of the canary over the champion's, once over a tenth of the SLO (1 or more)."""
+    max_metric_drop: Share = 0.2
+    """Largest relative loss of the online metric against the champion (0..1), beyond chance (95 %)."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> CanaryParams:
+        if list(self.step_weights) != sorted(set(self.step_weights)) or self.step_weights[0] <= 0:
+            raise ValueError("step_weights must rise from above 0, each larger than the one before")
+        return self
+
+
+class ChaosParams(Section):
+    """What users may notice of an injected fault."""
+
+    rate_rps: Annotated[float, Field(gt=0, le=10_000)] = 50.0
+    """Rate of the traffic under which faults are injected (requests/s, over 0)."""
+    duration_s: Positive = 8.0
+    """Length of one experiment (s, over 0)."""
+    max_failed_ratio: Share = 0.001
+    """Largest share of failed requests during a fault (0..1)."""
+    max_p99_ms: Positive = 500.0
+    """Largest P99 during a fault (ms, over 0)."""
+    max_recovery_s: Positive = 15.0
+    """Longest time until all replicas are ready again (s, over 0)."""
+
+
+class PromoteParams(Section):
+    """What happens to the version that a promotion replaces."""
+
+    warm_s: Annotated[float, Field(ge=0, le=86_400)] = 30.0
+    """Time that the replaced version's replicas stay warm for a rollback (s, 0..86400)."""
+
+
+class StackParams(Section):
+    """Ports of the local stack, all on 127.0.0.1."""
+
+    gateway_port: Port = 18080
+    """nginx: the service."""
+    airflow_port: Port = 18081
+    """Airflow: web UI and REST."""
+    mlflow_port: Port = 18082
+    """MLflow: runs and registry."""
+    prometheus_port: Port = 18083
+    """Prometheus."""
+    alertmanager_port: Port = 18084
+    """Alertmanager."""
+    replica_port: Port = 18100
+    """First port of the replicas; the following ones are taken in turn."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> StackParams:
+        ports = list(self.model_dump().values())
+        if len(set(ports)) != len(ports):
+            raise ValueError("every port must be given once only")
+        return self
+
+
+class Params(Section):
+    """The whole of `params.yaml`."""
+
+    workload: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$"), turn()] = "ranker"
+    """What is trained and served: a folder of slipway/workloads."""
+    platform: Literal["local"] = "local"
+    """Where the service runs."""
+    ingest: IngestParams = IngestParams()
+    """Stage `ingest`."""
+    validate_: ValidateParams = Field(ValidateParams(), alias="validate")
+    """Stage `validate`."""
+    train: TrainParams = TrainParams()
+    """Stage `train`."""
+    compress: CompressParams = CompressParams()
+    """Stage `compress`."""
+    evaluate: EvaluateParams = EvaluateParams()
+    """Stage `evaluate`."""
+    register_: RegisterParams = Field(RegisterParams(), alias="register")
+    """Stage `register`."""
+    slo: SloParams = SloParams()
+    """The promise that canary and chaos hold a version to."""
+    serve: ServeParams = ServeParams()
+    """The model server."""
+    deploy: DeployParams = DeployParams()
+    """Step `deploy`."""
+    canary: CanaryParams = CanaryParams()
+    """Step `canary`."""
+    chaos: ChaosParams = ChaosParams()
+    """Step `chaos`."""
+    promote: PromoteParams = PromoteParams()
+    """Step `promote`."""
+    stack: StackParams = StackParams()
+    """The local stack."""
+    model: Section = Field(Section(), exclude=True)
+    """The section of the chosen workload; in the file it bears the workload's name."""
+
+
+def home() -> Path:
+    """The one folder of the checkout that holds all state; a DAG run's workspace points to the checkout's own."""
+    return Path(os.environ.get("SLIPWAY_HOME", ".slipway")).resolve()
+
+
+def workload_names() -> list[str]:
+    """Names of the workloads: the folders of slipway/workloads that have a `params.py`."""
+    return sorted(path.parent.name for path in (Path(__file__).parent / "workloads").glob("*/params.py"))
+
+
+def load(path: Path = PARAMS_FILE) -> Params:
+    """Read and check `params.yaml`.
+
+    Raises:
+        ParamsError: names the file, the key, what is wrong, and what is allowed.
+    """
+    return parse(_read(path), path)
+
+
+def parse(raw: Mapping[str, Any], path: Path = PARAMS_FILE) -> Params:
+    """Check the mapping that was read from `path`."""
+    known = set(workload_names())
+    workload = raw.get("workload", "ranker")
+    if workload not in known:
+        raise ParamsError(f"{path}: workload: no workload {workload!r}; there are: {', '.join(sorted(known))}")
+    if "model" in raw:
+        raise ParamsError(f"{path}: model: unknown key; a workload's section bears its name: {workload}")
+    sections = {name: _check(_section_of(name), raw.get(name) or {}, path, name) for name in known}
+    rest = {key: value for key, value in raw.items() if key not in known}
+    params: Params = _check(Params, rest, path)
+    return params.model_copy(update={"model": sections[workload]})
+
+
+def _section_of(workload: str) -> type[Section]:
+    # The one look upward: a workload's section lives with the workload, so that adding one touches no other file.
+    section: type[Section] = importlib.import_module(f"slipway.workloads.{workload}.params").MODEL
+    return section
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = YAML(typ="safe", pure=True).load(path.read_text())
+    except FileNotFoundError as error:
+        raise ParamsError(f"{path}: no such file; run from the root of the checkout, or give --params") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ParamsError(f"{path}: must hold sections of keys and values, got {type(raw).__name__}")
+    return raw
+
+
+def _check(model: type[Any], raw: Any, path: Path, prefix: str = "") -> Any:
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(model, problem, path, prefix) for problem in error.errors()]
+        raise ParamsError("\n".join(lines)) from error
+
+
+def _explain(model: type[BaseModel], problem: Any, path: Path, prefix: str) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join([*([prefix] if prefix else []), *location]) or "the file"
+    parent, field = _walk(model, location)
+    if problem["type"] == "extra_forbidden":
+        names = sorted(info.alias or name for name, info in parent.model_fields.items() if not info.exclude)
+        return f"{path}: {key}: unknown key; allowed here: {', '.join(names)}"
+    help_text = f"; allowed: {field.description}" if field is not None and field.description else ""
+    got = repr(problem["input"])
+    return f"{path}: {key}: {problem['msg']} (got {got[:80]}){help_text}"
+
+
+def _walk(model: type[BaseModel], location: list[str]) -> tuple[type[BaseModel], Any]:
+    """Follow a location into nested sections: the section that holds it, and the field it names, if there is one."""
+    field = None
+    for part in location:
+        fields = {info.alias or name: info for name, info in model.model_fields.items()}
+        if part not in fields:
+            break
+        field = fields[part]
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            model = field.annotation
+    return model, field
+
+
+@dataclass(frozen=True)
+class FormField:
+    """One field that a user may turn for a single run, as JSON schema."""
+
+    key: str
+    """Dotted key in `params.yaml`, such as `train.epochs`."""
+    default: Any
+    """Value in force in `params.yaml`."""
+    schema: Mapping[str, Any]
+    """JSON schema of the value, with its help as `description`."""
+
+
+def form(params: Params) -> list[FormField]:
+    """List the fields that a user may turn for one run, with the values of `params` as defaults."""
+    fields = _form_of(params, "") + _form_of(params.model, f"{params.workload}.")
+    names = {"type": "string", "enum": workload_names()}
+    return [
+        FormField(f.key, f.default, {**f.schema, **names} if f.key == "workload" else f.schema) for f in fields
+    ]
+
+
+def _form_of(section: Section, prefix: str) -> list[FormField]:
+    schema = type(section).model_json_schema(by_alias=True)
+    found = []
+    for name, info in type(section).model_fields.items():
+        key, value = info.alias or name, getattr(section, name)
+        if isinstance(value, Section):
+            found += [] if info.exclude else _form_of(value, f"{prefix}{key}.")
+        elif schema["properties"][key].get("form"):
+            value = list(value) if isinstance(value, tuple) else value
+            plain = {k: v for k, v in schema["properties"][key].items() if k not in {"form", "default"}}
+            found.append(FormField(prefix + key, value, plain))
+    return found
+
+
+def override(path: Path, values: Mapping[str, Any]) -> Params:
+    """Set dotted keys in a `params.yaml`, keeping its comments, after checking the whole of the result.
+
+    Raises:
+        ParamsError: a key is unknown or a value is not allowed; the file is then as it was.
+    """
+    from slipway.artifacts import write_text
+
+    raw = _read(path)
+    yaml = YAML()
+    yaml.preserve_quotes, yaml.width = True, 120
+    document = yaml.load(path.read_text())
+    for key, value in values.items():
+        *sections, leaf = key.split(".")
+        plain, commented = raw, document
+        for section in sections:
+            plain, commented = plain.setdefault(section, {}), commented.setdefault(section, {})
+        if plain.get(leaf) != value or leaf not in plain:
+            plain[leaf] = value
+            commented[leaf] = value
+    params = parse(raw, path)
+    text = io.StringIO()
+    yaml.dump(document, text)
+    write_text(path, text.getvalue())
+    return params

@@ -1,0 +1,59 @@
+"""What can go wrong and who can mend it: every error of slipway, with the exit code of the command that meets it."""
+
+from __future__ import annotations
+
+
+class SlipwayError(Exception):
+    """Something the user can mend; the message says where, what is wrong, and what to do."""
+
+    exit_code = 2
+
+
+class TransientError(SlipwayError):
+    """Something that may pass by itself, such as a server that is still starting: trying again can help."""
+
+    exit_code = 75
+
+
+class ParamsError(SlipwayError):
+    """`params.yaml` or a form holds an unknown key, a wrong type, or a value out of range."""
+
+
+class DataError(SlipwayError):
+    """The source data cannot be read, or broke a hard expectation."""
+
+
+class CheckpointError(SlipwayError):
+    """A training checkpoint is torn or belongs to another model."""
+
+
+class ModelError(SlipwayError):
+    """A model package is missing, corrupt, or does not give its golden outputs."""
+
+
+class RequestError(SlipwayError):
+    """A client's request is malformed; the message goes back to the client with status 400."""
+
+
+class RegistryError(SlipwayError):
+    """The model registry does not hold what was asked for."""
+
+
+class GateError(SlipwayError):
+    """A candidate missed a gate and may not be released."""
+
+
+class PlatformError(SlipwayError):
+    """The platform refused, or did not reach the state it was asked for."""
+
+
+class CanaryRejectedError(SlipwayError):
+    """The canary was judged worse than its limits allow."""
+
+
+class ChaosError(SlipwayError):
+    """Users noticed an injected fault more than the limits allow."""
+
+
+class StackError(SlipwayError):
+    """The local stack cannot start or stop: a port is taken, a program is missing."""

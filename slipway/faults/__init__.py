@@ -1,0 +1,1 @@
+"""Chaos experiments: faults injected while the steady state is watched."""

@@ -1,0 +1,1 @@
+"""Release logic: canary analysis, replayed traffic, promotion and rollback."""

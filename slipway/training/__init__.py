@@ -1,0 +1,1 @@
+"""Training: the loop over the DeepSpeed engine and its checkpoints."""

@@ -1,0 +1,1 @@
+"""Workloads: what is trained and served, one small package each."""

@@ -1,0 +1,87 @@
+"""What a workload is: one small package with its data, expectations, model, metrics, export and request schema.
+
+A stage calls the interface below and knows nothing of any workload. Adding one means adding a folder whose modules are
+
+    params.py        MODEL: the class of its section in params.yaml
+    ingest.py        ingest(params, out, report): source -> columnar data
+    expectations.py  suite, frames and plots that `validate` checks and shows
+    training.py      TASK: model, samples and loss for the training loop; the metric
+    export.py        ONNX export, calibration samples, golden inputs, scoring of an exported model
+    schema.py        ENDPOINT: the friendly endpoint of the model server
+
+`part(workload, module)` imports one of them, so that a stage loads only what it needs: a replica never imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from slipway.errors import ParamsError
+
+Array = npt.NDArray[Any]
+Tensors = Mapping[str, Array]
+
+
+def part(workload: str, module: str) -> ModuleType:
+    """Import one module of a workload's package.
+
+    Raises:
+        ParamsError: the workload has no such module.
+    """
+    name = f"slipway.workloads.{workload}.{module}"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ParamsError(f"params.yaml: workload: {workload} has no part {module}") from error
+
+
+@dataclass(frozen=True)
+class Query:
+    """One decoded request: the engine's inputs for one sample, and what the answer needs to be written."""
+
+    inputs: Tensors
+    """Engine inputs without the batch dimension, such as history [T] int64."""
+    asked: Mapping[str, Any]
+    """What the client asked beside the inputs, such as k."""
+
+
+class Endpoint(Protocol):
+    """The friendly endpoint of a workload, made from its package by `schema.ENDPOINT(folder)`."""
+
+    path: str
+    """Path under the gateway, such as /v1/recommend."""
+
+    def decode(self, body: bytes) -> Query:
+        """Parse and check one request body.
+
+        Raises:
+            RequestError: says which field is wrong and what is allowed.
+        """
+
+    def collate(self, queries: Sequence[Query]) -> Tensors:
+        """Pad and stack the inputs of several queries: engine inputs with a batch dimension."""
+
+    def encode(self, query: Query, outputs: Tensors) -> Mapping[str, Any]:
+        """Make the answer from the engine's outputs for this sample (no batch dimension); plain JSON types."""
+
+    def shown(self, answer: Mapping[str, Any]) -> Sequence[str]:
+        """What the answer showed to the user, best first: feedback is matched against it."""
+
+
+def stack(rows: Sequence[Array], length: int | None = None) -> Array:
+    """Stack 1-D rows of unequal length, padded with zeros on the left: [B, T]."""
+    length = length or max(len(row) for row in rows)
+    out = np.zeros((len(rows), length), dtype=rows[0].dtype)
+    for target, row in zip(out, rows, strict=True):
+        if len(row):
+            target[-len(row) :] = row[-length:]
+    return out
