@@ -1,7 +1,7 @@
 """`params.yaml` as frozen, typed objects: read, checked and overridden in this one place.
 
-The text under a field is its help everywhere: in errors, in `--help` and in the Airflow form. A section bears the name of
-the stage that reads it. A workload keeps its own section beside its code, in `slipway/workloads/NAME/params.py`.
+The text under a field is its help everywhere: in errors, in `--help` and in the Airflow form. A section bears the name
+of the stage that reads it. A workload keeps its own section beside its code, in `slipway/workloads/NAME/params.py`.
 """
 
 from __future__ import annotations
@@ -385,9 +385,7 @@ def form(params: Params) -> list[FormField]:
     """List the fields that a user may turn for one run, with the values of `params` as defaults."""
     fields = _form_of(params, "") + _form_of(params.model, f"{params.workload}.")
     names = {"type": "string", "enum": workload_names()}
-    return [
-        FormField(f.key, f.default, {**f.schema, **names} if f.key == "workload" else f.schema) for f in fields
-    ]
+    return [FormField(f.key, f.default, {**f.schema, **names} if f.key == "workload" else f.schema) for f in fields]
 
 
 def _form_of(section: Section, prefix: str) -> list[FormField]:

@@ -114,5 +114,5 @@ def _section_help(name: str) -> str:
     section = fields.get(name)
     if section is None or not issubclass(section, config.Section):  # type: ignore[arg-type]  # sections are classes
         return ""
-    lines = [f"  {name}.{key}: {info.description}" for key, info in section.model_fields.items()]  # type: ignore[union-attr]
+    lines = [f"  {name}.{key}: {info.description}" for key, info in section.model_fields.items()]
     return "parameters (params.yaml):\n" + "\n".join(lines)

@@ -59,6 +59,8 @@ class Endpoint(Protocol):
 
     path: str
     """Path under the gateway, such as /v1/recommend."""
+    outputs: Sequence[str]
+    """Names of the engine's outputs that `encode` reads."""
 
     def decode(self, body: bytes) -> Query:
         """Parse and check one request body.

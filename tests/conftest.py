@@ -1,0 +1,34 @@
+"""What all tests share: parts that a test needs, and where the real data lie."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def needs(*programs: str) -> pytest.MarkDecorator:
+    """Skip a test, with its reason, where a program it runs is not installed."""
+    missing = [name for name in programs if shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin") is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}: run `make setup`")
+
+
+def free_port() -> int:
+    """Give a port of the loopback interface that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def video_games() -> Path:
+    """Amazon Video Games: 287,107 events, `user item` a line, in time order per user."""
+    path = SHARED_DATA / "video_games.txt"
+    if not path.exists():
+        pytest.skip(f"{path} is absent")
+    return path
