@@ -1,0 +1,41 @@
+# The front door. `make` lists what there is.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up down status test lint format bench clean
+PY := .venv/bin/python
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PYTHONPATH := $(CURDIR)
+
+help:  ## List what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup:  ## Make .venv from the lock, install the system programs that are missing
+	@infra/setup.sh
+
+demo: setup  ## From nothing to a promoted model behind the gateway, then a bad model rolled back
+	@$(PY) -m slipway.demo
+
+up: setup  ## Start the local stack: gateway, Redis, Prometheus, Alertmanager, MLflow, Airflow
+	@$(PY) -m slipway.platforms.local up
+
+down:  ## End every process that `make up` began, and nothing else
+	@if [ -x $(PY) ]; then $(PY) -m slipway.platforms.local down; fi
+
+status:  ## Show what runs, where, since when
+	@$(PY) -m slipway.platforms.local status
+
+test: setup  ## The whole suite
+	@$(PY) -m pytest
+
+lint: setup  ## ruff, mypy --strict, the layers of the library
+	@ruff check . && ruff format --check . && mypy && lint-imports
+
+format: setup  ## Format the code
+	@ruff check --fix . && ruff format .
+
+bench: setup  ## Every benchmark: the claim, the peer and ours from one run (about 40 minutes)
+	@for claim in benchmarks/*.py; do \
+		case $$claim in benchmarks/__init__.py|benchmarks/bad_candidate.py) continue;; esac; \
+		echo "== $$claim"; $(PY) -m "benchmarks.$$(basename $$claim .py)" || exit 1; done
+
+clean: down  ## Remove all state of this checkout: data, models, runs, the stack's databases
+	@rm -rf .slipway data models reports .mypy_cache .ruff_cache .hypothesis .import_linter_cache
