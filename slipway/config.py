@@ -413,6 +413,7 @@ def override(path: Path, values: Mapping[str, Any]) -> Params:
     raw = _read(path)
     yaml = YAML()
     yaml.preserve_quotes, yaml.width = True, 120
+    yaml.indent(mapping=2, sequence=4, offset=2)
     document = yaml.load(path.read_text())
     for key, value in values.items():
         *sections, leaf = key.split(".")

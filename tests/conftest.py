@@ -6,7 +6,12 @@ import shutil
 import socket
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# Timings vary with what else the machine does; a law is judged by what it says, the suite's timeout by how long.
+hypothesis.settings.register_profile("slipway", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("slipway")
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
