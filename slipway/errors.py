@@ -35,6 +35,10 @@ class RequestError(SlipwayError):
     """A client's request is malformed; the message goes back to the client with status 400."""
 
 
+class OverloadError(TransientError):
+    """More requests wait than may; goes back to the client with status 429."""
+
+
 class RegistryError(SlipwayError):
     """The model registry does not hold what was asked for."""
 

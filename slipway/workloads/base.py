@@ -18,15 +18,17 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from slipway.errors import ParamsError
+from slipway.errors import ParamsError, RequestError
 
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
+T = TypeVar("T")
 
 
 def part(workload: str, module: str) -> ModuleType:
@@ -54,6 +56,30 @@ class Query:
     """What the client asked beside the inputs, such as k."""
 
 
+class Task(Protocol):
+    """What a workload trains, made by `training.TASK(data, train, model)` from the ingested data and its params.
+
+    Its model is a `torch.nn.Module` whose forward takes a batch by its names and gives the loss.
+    """
+
+    metric: str
+    """Name of the metric that `validate` sums, such as ndcg_at_10: larger is better."""
+    unit: str
+    """What a sample is called, such as sequences."""
+
+    def model(self) -> torch.nn.Module:
+        """Make the model with weights from torch's generator."""
+
+    def about(self) -> Mapping[str, Any]:
+        """What the export has to know beside the weights; plain JSON types."""
+
+    def epoch(self, epoch: int, rank: int) -> Sequence[Tensors]:
+        """Give one rank's batches of an epoch: a function of seed, epoch and rank alone, as many on every rank."""
+
+    def validate(self, model: torch.nn.Module, rank: int) -> tuple[float, int]:
+        """Sum and count of the metric over this rank's share of the validation samples."""
+
+
 class Endpoint(Protocol):
     """The friendly endpoint of a workload, made from its package by `schema.ENDPOINT(folder)`."""
 
@@ -69,6 +95,13 @@ class Endpoint(Protocol):
             RequestError: says which field is wrong and what is allowed.
         """
 
+    def check(self, inputs: Tensors) -> None:
+        """Check one sample that came as raw tensors of the right types (no batch dimension): lengths and values.
+
+        Raises:
+            RequestError: says which input is wrong and what is allowed.
+        """
+
     def collate(self, queries: Sequence[Query]) -> Tensors:
         """Pad and stack the inputs of several queries: engine inputs with a batch dimension."""
 
@@ -77,6 +110,20 @@ class Endpoint(Protocol):
 
     def shown(self, answer: Mapping[str, Any]) -> Sequence[str]:
         """What the answer showed to the user, best first: feedback is matched against it."""
+
+
+def parse(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+    """Decode a JSON body into the type of `decoder`.
+
+    Raises:
+        RequestError: names the field and what is allowed.
+    """
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise RequestError(str(error).replace("$.", "").replace("$", "the body")) from error
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is not valid JSON: {error}") from error
 
 
 def stack(rows: Sequence[Array], length: int | None = None) -> Array:

@@ -1,0 +1,139 @@
+"""Serve one version of a model on the loopback interface: `python -m slipway.serving --model ranker/4 --port 18100`.
+
+Live at once; ready once the package is verified and its golden outputs are reproduced; a corrupt one is refused with
+exit code 2. SIGTERM: not ready, what was begun is finished, exit code 0.
+
+environment:
+  SLIPWAY_SERVE   JSON of the section `serve` of params.yaml (absent: its defaults)
+  SLIPWAY_REDIS   path of Redis' unix socket, which keeps what was shown (absent: no feedback)
+  SLIPWAY_HOME    the state folder, where fetched models are kept
+  SLIPWAY_LOG     level of the log (INFO)
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import uvloop
+from pydantic import ValidationError
+
+from slipway.config import ServeParams
+from slipway.errors import ParamsError, SlipwayError
+from slipway.serving import model as models
+from slipway.serving.feedback import Memory
+from slipway.serving.http import HttpServer
+from slipway.serving.metrics import Metrics
+from slipway.serving.model import Model
+from slipway.serving.server import App
+
+logger = logging.getLogger("slipway.serving")
+
+ACCEPT_S = 0.3
+"""A draining replica still accepts connections for a while: the gateway may not know yet."""
+
+
+def main() -> int:
+    """Parse the command line, serve until a signal; the exit code."""
+    options = _parser().parse_args()
+    level = os.environ.get("SLIPWAY_LOG", "INFO")
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        params, (label, load) = _params(), _source(options)
+        uvloop.run(_serve(options.port, params, label, lambda: load(params.threads)))
+    except SlipwayError as error:
+        print(f"serving: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m slipway.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--model", metavar="WORKLOAD/REFERENCE", help="a version of the registry: ranker/4, ranker/champion"
+    )
+    source.add_argument("--package", type=Path, metavar="DIR", help="a model package's folder, with --version")
+    parser.add_argument("--version", help="what the version of --package is called")
+    parser.add_argument("--port", type=int, required=True, help="port on 127.0.0.1")
+    return parser
+
+
+def _params() -> ServeParams:
+    try:
+        return ServeParams.model_validate_json(os.environ.get("SLIPWAY_SERVE") or "{}")
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ParamsError(f"environment: SLIPWAY_SERVE: {key}: {first['msg']} (got {first['input']!r:.80})") from error
+
+
+def _source(options: argparse.Namespace) -> tuple[str, Callable[[int], Model]]:
+    """Where the model comes from: the version as far as it is known, and what loads it with some threads."""
+    if options.package is not None:
+        if options.version is None:
+            raise ParamsError("--package needs --version: what the version is called")
+        _check_version(options.version)
+        return options.version, lambda threads: models.load(options.package, options.version, threads)
+    if options.version is not None:
+        raise ParamsError("--version goes with --package; --model names its version itself")
+    workload, slash, reference = options.model.partition("/")
+    if not (workload and slash and reference):
+        raise ParamsError(f"--model: expected WORKLOAD/REFERENCE such as ranker/champion, got {options.model!r}")
+    _check_version(reference)
+
+    def load(threads: int) -> Model:
+        from slipway import tracking
+
+        version = tracking.resolve(workload, reference)
+        return models.load(tracking.fetch(workload, version) / "package", version, threads)
+
+    return reference, load
+
+
+def _check_version(version: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", version):  # it becomes a header and a part of a path
+        raise ParamsError(f"version: expected letters, digits, dot, dash or underscore, got {version!r}")
+
+
+async def _serve(port: int, params: ServeParams, label: str, load: Callable[[], Model]) -> None:
+    began = time.monotonic()
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    metrics = Metrics()
+    socket = os.environ.get("SLIPWAY_REDIS")
+    memory = Memory(socket, metrics.forgotten.inc) if socket else None
+    app = App(label, params, metrics, memory)
+    server = HttpServer(app, app.refuse, params.max_body_bytes)
+    await server.listen(port)
+    loading = asyncio.create_task(asyncio.to_thread(load))
+    stop = asyncio.create_task(stopping.wait())
+    try:
+        await asyncio.wait({loading, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            model = loading.result()
+            app.serve(model)
+            logger.info("ready: model=%s version=%s seconds=%.2f", model.name, model.version, time.monotonic() - began)
+            await stop
+        logger.info("draining: at most %.0f s", params.drain_s)
+    finally:
+        app.drain()
+        await server.drain(ACCEPT_S if stopping.is_set() else 0.0, params.drain_s)
+        app.close()
+        if memory is not None:
+            await memory.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

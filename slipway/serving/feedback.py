@@ -1,0 +1,127 @@
+"""What was shown to whom, until the feedback comes: kept in Redis for an hour, so that any replica can look it up.
+
+Keeping must never slow an answer: it only appends to a bounded queue, which one background task writes out in
+pipelines. When Redis is away, calls fail within 20 ms, and for a second after a failure none is tried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+import msgspec
+from redis.asyncio import BlockingConnectionPool, Redis, UnixDomainSocketConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from slipway.errors import TransientError
+
+TIMEOUT_S: Final = 0.02
+REST_S: Final = 1.0
+"""Time without a try after a failure."""
+LIFETIME_S: Final = 3600
+MAX_QUEUED: Final = 10_000
+MAX_PIPELINE: Final = 256
+USED: Final = b"used"
+"""Stands in the place of what was shown once the feedback on it came."""
+
+
+class Shown(msgspec.Struct):
+    """What one answer showed."""
+
+    version: str
+    items: Sequence[str]
+
+
+class Memory:
+    """The answers that wait for feedback; made and used on the event loop.
+
+    Args:
+        socket: path of Redis' unix socket.
+        forgot: called with the number of answers that could not be kept.
+    """
+
+    def __init__(self, socket: str, forgot: Callable[[int], None]) -> None:
+        self._forgot = forgot
+        pool = BlockingConnectionPool(
+            max_connections=16,
+            timeout=TIMEOUT_S,
+            connection_class=UnixDomainSocketConnection,
+            path=socket,
+            socket_timeout=TIMEOUT_S,
+            socket_connect_timeout=TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),  # as it comes, redis-py tries for seconds
+        )
+        self._redis = Redis(connection_pool=pool)
+        self._queue: deque[tuple[str, Shown]] = deque()
+        self._wake = asyncio.Event()
+        self._rest_until = 0.0
+        self._writer = asyncio.create_task(self._write_all())
+        self._encoder, self._decoder = msgspec.json.Encoder(), msgspec.json.Decoder(Shown)
+
+    def keep(self, request_id: str, shown: Shown) -> None:
+        """Remember an answer soon; drop it when too many wait."""
+        if len(self._queue) >= MAX_QUEUED:
+            self._forgot(1)
+            return
+        self._queue.append((request_id, shown))
+        self._wake.set()
+
+    async def use(self, request_id: str) -> Shown | bool:
+        """Take what a request showed, once.
+
+        Returns: what was shown; True if the feedback came before; False if nothing is known of the request.
+
+        Raises:
+            TransientError: Redis is away.
+        """
+        if time.monotonic() < self._rest_until:
+            raise TransientError("feedback cannot be taken now: Redis is away; try again later")
+        try:
+            found: Any = await self._redis.set(_key(request_id), USED, xx=True, get=True, keepttl=True)
+        except (RedisError, OSError) as error:
+            self._rest_until = time.monotonic() + REST_S
+            raise TransientError("feedback cannot be taken now: Redis is away; try again later") from error
+        if found is None:
+            return False
+        return found == USED or self._decoder.decode(found)
+
+    async def close(self) -> None:
+        """Write what waits, then end."""
+        if self._queue:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._write(), 1.0)
+        self._writer.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._writer
+        await self._redis.aclose()
+
+    async def _write_all(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            await self._write()
+
+    async def _write(self) -> None:
+        while self._queue:
+            batch = [self._queue.popleft() for _ in range(min(len(self._queue), MAX_PIPELINE))]
+            if time.monotonic() < self._rest_until:
+                self._forgot(len(batch))
+                continue
+            pipeline = self._redis.pipeline(transaction=False)
+            for request_id, shown in batch:
+                pipeline.set(_key(request_id), self._encoder.encode(shown), ex=LIFETIME_S)
+            try:
+                await pipeline.execute()
+            except (RedisError, OSError):
+                self._rest_until = time.monotonic() + REST_S
+                self._forgot(len(batch))
+
+
+def _key(request_id: str) -> str:
+    return f"slipway:shown:{request_id}"

@@ -1,0 +1,160 @@
+"""The Open Inference Protocol (V2) with JSON tensors: its messages, read into samples and written from results.
+
+Without `outputs` a client gets what the friendly endpoint reads; an output it names, it gets. Data may be flat or
+nested; the binary extension is refused.
+"""
+
+# B batch
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from slipway.errors import RequestError
+from slipway.package import TensorSpec
+from slipway.workloads.base import Array, Tensors, parse
+
+DATATYPES = {
+    "bool": "BOOL",
+    **{f"{sign}int{bits}": f"{sign.upper()}INT{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+    **{f"float{bits}": f"FP{bits}" for bits in (16, 32, 64)},
+}
+"""Datatype of the protocol by NumPy's name."""
+
+
+class _Input(msgspec.Struct):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: msgspec.Raw
+    parameters: dict[str, Any] = {}
+
+
+class _Output(msgspec.Struct):
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class _Infer(msgspec.Struct):
+    inputs: list[_Input]
+    id: str | None = None
+    outputs: list[_Output] | None = None
+    parameters: dict[str, Any] = {}
+
+
+_DECODER = msgspec.json.Decoder(_Infer)
+
+
+@dataclass(frozen=True)
+class Inference:
+    """One infer request: its samples, without a batch dimension, and what is wanted of them."""
+
+    samples: Sequence[Tensors]
+    outputs: tuple[str, ...]
+    id: str | None
+
+
+def read_infer(
+    body: bytes, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], default: Sequence[str], max_batch: int
+) -> Inference:
+    """Parse and check an infer request against the model's signature.
+
+    Args:
+        body: the request.
+        inputs: what the model takes.
+        outputs: what it gives.
+        default: names of the outputs for a request that names none.
+        max_batch: most samples.
+
+    Raises:
+        RequestError: says which tensor or field is wrong and what is allowed.
+    """
+    request = parse(_DECODER, body)
+    given = {tensor.name: tensor for tensor in request.inputs}
+    if set(given) != {spec.name for spec in inputs} or len(given) != len(request.inputs):
+        raise RequestError(f"inputs: expected {', '.join(s.name for s in inputs)} once each, got {sorted(given)}")
+    known = {spec.name for spec in outputs}
+    wanted = tuple(dict.fromkeys(o.name for o in request.outputs)) if request.outputs else tuple(default)
+    if not known.issuperset(wanted):
+        raise RequestError(f"outputs: expected some of {', '.join(sorted(known))}, got {list(wanted)}")
+    arrays = {spec.name: _array(given[spec.name], spec, max_batch) for spec in inputs}
+    batch = {len(array) for array in arrays.values()}
+    if len(batch) != 1:
+        raise RequestError(f"inputs: the first dimensions must be equal, got {sorted(batch)}")
+    samples = [{name: array[row] for name, array in arrays.items()} for row in range(batch.pop())]
+    return Inference(samples, wanted, request.id)
+
+
+def _array(tensor: _Input, spec: TensorSpec, max_batch: int) -> Array:
+    """Read one tensor: [B, ...]."""
+    name, shape = spec.name, tensor.shape
+    if tensor.datatype != DATATYPES.get(spec.dtype):
+        raise RequestError(f"{name}.datatype: expected {DATATYPES.get(spec.dtype)}, got {tensor.datatype[:20]}")
+    fits = len(shape) == len(spec.shape) and all(w in (None, g) for w, g in zip(spec.shape, shape, strict=True))
+    if not fits or not shape or min(shape) < 1:
+        raise RequestError(f"{name}.shape: expected {_shape(spec)} with -1 for any from 1 up, got {shape[:8]}")
+    if shape[0] > max_batch:
+        raise RequestError(f"{name}.shape: expected at most {max_batch} samples, got {shape[0]}")
+    raw = bytes(tensor.data)
+    nested = raw[1:].lstrip()[:1] == b"["
+    try:
+        data = parse(_decoder(spec.dtype, len(shape) if nested else 1), raw)
+        array = np.array(data, dtype=spec.dtype)
+    except RequestError as error:
+        raise RequestError(f"{name}.data: {error}") from error
+    except (ValueError, OverflowError) as error:
+        raise RequestError(f"{name}.data: not a {tensor.datatype} tensor of shape {shape} ({error})") from error
+    if array.size != math.prod(shape) or (nested and array.shape != tuple(shape)):
+        raise RequestError(f"{name}.data: expected shape {shape}, got {list(array.shape)}")
+    return array.reshape(shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _decoder(dtype: str, depth: int) -> msgspec.json.Decoder[Any]:
+    """Decode lists of plain numbers, `depth` deep: NumPy alone would take "1" and 1.5 for integers."""
+    kind: Any = {"b": bool, "f": float}.get(np.dtype(dtype).kind, int)
+    for _ in range(depth):
+        kind = list[kind]
+    return msgspec.json.Decoder(kind)
+
+
+def write_infer(
+    model: str, version: str, inference: Inference, results: Sequence[Tensors], outputs: Sequence[TensorSpec]
+) -> Mapping[str, Any]:
+    """Make the answer of an infer request, data flat, from the results of its samples."""
+    dtypes = {spec.name: DATATYPES[spec.dtype] for spec in outputs}
+    tensors = []
+    for name in inference.outputs:
+        array = np.stack([result[name] for result in results])
+        tensors.append(
+            {"name": name, "datatype": dtypes[name], "shape": list(array.shape), "data": array.ravel().tolist()}
+        )
+    answer = {"model_name": model, "model_version": version, "outputs": tensors}
+    return answer if inference.id is None else {**answer, "id": inference.id}
+
+
+def metadata(
+    model: str, version: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> Mapping[str, Any]:
+    """What the protocol tells of a model."""
+    return {
+        "name": model,
+        "versions": [version],
+        "platform": "onnx_onnxruntime",
+        "inputs": [_metadata(spec) for spec in inputs],
+        "outputs": [_metadata(spec) for spec in outputs],
+    }
+
+
+def _metadata(spec: TensorSpec) -> Mapping[str, Any]:
+    return {"name": spec.name, "datatype": DATATYPES.get(spec.dtype, spec.dtype), "shape": _shape(spec)}
+
+
+def _shape(spec: TensorSpec) -> list[int]:
+    return [-1 if size is None else size for size in spec.shape]

@@ -1,0 +1,213 @@
+"""What a replica answers: health, metrics, the Open Inference Protocol, the workload's endpoint, and feedback.
+
+    GET  /v2/health/live                        as soon as the loop runs
+    GET  /v2/health/ready                       after the golden check, until the drain
+    GET  /v2, /v2/models/NAME[/versions/V]      metadata; .../ready
+    POST /v2/models/NAME[/versions/V]/infer     raw tensors
+    POST /v1/...                                the workload's own endpoint
+    POST /v1/feedback                           what became of an answer
+    GET  /metrics
+
+Errors are {"error": "..."}; nothing of a request is ever logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import Annotated, NamedTuple
+
+import msgspec
+
+from slipway.config import ServeParams
+from slipway.errors import OverloadError, RequestError, TransientError
+from slipway.serving import protocol
+from slipway.serving.batching import Batcher
+from slipway.serving.feedback import Memory, Shown
+from slipway.serving.http import Request, Response
+from slipway.serving.metrics import CONTENT_TYPE, Metrics
+from slipway.serving.model import Model, Sample
+from slipway.workloads.base import Query, Tensors, parse
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[bytes], Awaitable[Response]]
+
+
+class _Route(NamedTuple):
+    label: str
+    method: str
+    handler: Handler
+
+
+class Feedback(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of a feedback."""
+
+    request_id: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    """The answer that it is about."""
+    item: Annotated[str, msgspec.Meta(max_length=512)] | int
+    """What the user took."""
+
+
+_FEEDBACK = msgspec.json.Decoder(Feedback)
+_encode = msgspec.json.Encoder().encode
+
+
+class App:
+    """Routes requests to handlers; without a model, which `serve` brings, it is live and not ready."""
+
+    def __init__(self, version: str, params: ServeParams, metrics: Metrics, memory: Memory | None) -> None:
+        self._params, self._metrics, self._memory = params, metrics, memory
+        self._model: Model | None = None
+        self._batcher: Batcher[Sample, Tensors] | None = None
+        self._waiting_for: str | None = "the model is being loaded and checked"
+        self._name_version(version)
+        self._routes = {
+            "/v2/health/live": _Route("health", "GET", self._live),
+            "/v2/health/ready": _Route("health", "GET", self._ready),
+            "/metrics": _Route("metrics", "GET", self._exposition),
+        }
+
+    def _name_version(self, version: str) -> None:
+        self._headers = f"X-Slipway-Version: {version}\r\n"
+
+    def serve(self, model: Model) -> None:
+        """Be ready: answer with `model` from now on."""
+        self._name_version(model.version)
+        self._model = model
+        params = self._params
+        self._batcher = Batcher(
+            model.predict, params.max_batch, params.max_wait_ms / 1000, params.max_queue, self._metrics
+        )
+        self._metrics.watch_queue(self._batcher.__len__)
+        routes = self._routes
+        routes["/v2"] = _Route("model", "GET", self._server_metadata)
+        routes[model.endpoint.path] = _Route("recommend", "POST", self._friendly)
+        routes["/v1/feedback"] = _Route("feedback", "POST", self._feedback)
+        for path in (f"/v2/models/{model.name}", f"/v2/models/{model.name}/versions/{model.version}"):
+            routes[path] = _Route("model", "GET", self._model_metadata)
+            routes[f"{path}/ready"] = _Route("health", "GET", self._ready)
+            routes[f"{path}/infer"] = _Route("infer", "POST", self._infer)
+        self._waiting_for = None
+        self._metrics.ready.set(1)
+
+    def drain(self) -> None:
+        """Be ready no more; requests are still answered."""
+        self._waiting_for = "this replica is draining"
+        self._metrics.ready.set(0)
+
+    def close(self) -> None:
+        """End the engine's thread."""
+        if self._batcher is not None:
+            self._batcher.close()
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer one request, whatever happens."""
+        began = time.monotonic()
+        route = self._routes.get(request.path)
+        try:
+            if route is None:
+                label, response = "other", self._unknown(request.path)
+            elif request.method != route.method and (request.method, route.method) != ("HEAD", "GET"):
+                label, response = route.label, self.error(405, f"{request.path} takes {route.method} only")
+                response = response._replace(headers=f"{response.headers}Allow: {route.method}\r\n")
+            else:
+                label, response = route.label, await route.handler(request.body)
+        except RequestError as error:
+            response = self.error(400, str(error))
+        except OverloadError as error:
+            response = self.error(429, str(error))
+            response = response._replace(headers=f"{response.headers}Retry-After: 1\r\n")
+        except TransientError as error:
+            response = self.error(503, str(error))
+        except Exception as error:  # noqa: BLE001  # the client gets a 500, the log gets the place
+            where = "".join(traceback.format_tb(error.__traceback__))  # without the message: it may quote the request
+            logger.error("a request failed: error=%s\n%s", type(error).__name__, where)
+            response = self.error(500, "an error inside the model server; its log says where")
+        self._metrics.answered(label if route is None else route.label, response.status, time.monotonic() - began)
+        return response
+
+    def refuse(self, status: int, message: str) -> Response:
+        """Answer what never became a request."""
+        self._metrics.answered("other", status, 0.0)
+        return self.error(status, message)
+
+    def error(self, status: int, message: str) -> Response:
+        """Make an error's response."""
+        return Response(status, _encode({"error": message}), headers=self._headers)
+
+    def _json(self, value: object, status: int = 200) -> Response:
+        return Response(status, _encode(value), headers=self._headers)
+
+    def _unknown(self, path: str) -> Response:
+        if self._model is None:
+            return self.error(503, f"not ready: {self._waiting_for}")
+        model = self._model
+        return self.error(
+            404,
+            f"no such path; this is version {model.version} of {model.name}: POST {model.endpoint.path}, /v1/feedback "
+            f"or /v2/models/{model.name}/infer",
+        )
+
+    async def _live(self, _: bytes) -> Response:
+        return self._json({"live": True})
+
+    async def _ready(self, _: bytes) -> Response:
+        if self._waiting_for is not None:
+            return self.error(503, f"not ready: {self._waiting_for}")
+        return self._json({"ready": True})
+
+    async def _exposition(self, _: bytes) -> Response:
+        return Response(200, self._metrics.exposition(), CONTENT_TYPE, self._headers)
+
+    async def _server_metadata(self, _: bytes) -> Response:
+        model = self._served()
+        return self._json({"name": "slipway", "version": model.version, "extensions": []})
+
+    async def _model_metadata(self, _: bytes) -> Response:
+        model = self._served()
+        package = model.package
+        return self._json(protocol.metadata(model.name, model.version, package.inputs, package.outputs))
+
+    async def _infer(self, body: bytes) -> Response:
+        model = self._served()
+        package, endpoint = model.package, model.endpoint
+        inference = protocol.read_infer(body, package.inputs, package.outputs, endpoint.outputs, self._params.max_batch)
+        for inputs in inference.samples:
+            endpoint.check(inputs)
+        results = await self._predict([Sample(Query(inputs, {}), inference.outputs) for inputs in inference.samples])
+        return self._json(protocol.write_infer(model.name, model.version, inference, results, package.outputs))
+
+    async def _friendly(self, body: bytes) -> Response:
+        model = self._served()
+        endpoint = model.endpoint
+        query = endpoint.decode(body)
+        (outputs,) = await self._predict([Sample(query, endpoint.outputs)])
+        answer = endpoint.encode(query, outputs)
+        request_id = os.urandom(12).hex()
+        if self._memory is not None:
+            self._memory.keep(request_id, Shown(model.version, endpoint.shown(answer)))
+        return self._json({"request_id": request_id, "model": model.name, "version": model.version, **answer})
+
+    async def _feedback(self, body: bytes) -> Response:
+        feedback = parse(_FEEDBACK, body)
+        if self._memory is None:
+            raise TransientError("feedback is not taken here: this replica was started without Redis")
+        shown = await self._memory.use(feedback.request_id)
+        if shown is False:
+            return self.error(404, "request_id: no such answer, or it is older than an hour")
+        if isinstance(shown, Shown):
+            outcome = "hit" if str(feedback.item) in shown.items else "miss"
+            self._metrics.feedback.labels(shown.version, outcome).inc()
+        return self._json({"accepted": True}, 202)
+
+    async def _predict(self, samples: list[Sample]) -> list[Tensors]:
+        assert self._batcher is not None  # routed to only once a model is there
+        return await self._batcher.submit(samples)
+
+    def _served(self) -> Model:
+        assert self._model is not None  # routed to only once a model is there
+        return self._model

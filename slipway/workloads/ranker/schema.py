@@ -1,0 +1,104 @@
+"""The ranker's friendly endpoint: a history of item keys in, the best next items out.
+
+    POST /v1/recommend {"user": "u", "history": ["numpy", "pandas"], "k": 10}
+    {"items": [{"item": "scipy", "score": 7.1}, ...], "ignored": []}
+
+Items that the model does not know are ignored and named in the answer. Without any known item the answer is the most
+popular items, all with score 0. It reads items.json of the package: max_length, and the keys in the order of their ids,
+which is the order of popularity.
+"""
+
+# B batch, T time, K items in an answer
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from slipway import artifacts
+from slipway.errors import DataError, ModelError, RequestError
+from slipway.workloads.base import Array, Endpoint, Query, Tensors, parse, stack
+
+MAX_HISTORY, MAX_KEY, MAX_K, MAX_IGNORED = 10_000, 512, 100, 20
+
+
+class Request(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of a request."""
+
+    history: Annotated[list[Annotated[str, Meta(max_length=MAX_KEY)] | int], Meta(max_length=MAX_HISTORY)]
+    """Keys of the user's items, oldest first; of a long history the last items count."""
+    k: Annotated[int, Meta(ge=1, le=MAX_K)] = 10
+    """Items wanted."""
+    user: Annotated[str, Meta(max_length=MAX_KEY)] | int | None = None
+    """The user's key; the model does not look at it."""
+
+
+class RankerEndpoint:
+    """Turns keys into ids and back; see `workloads.base.Endpoint`."""
+
+    path = "/v1/recommend"
+    outputs: Sequence[str] = ("items", "scores")
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            known = artifacts.read_json(folder / "items.json")
+            self._max_length = int(known["max_length"])
+            self._keys = [str(key) for key in known["keys"]]
+        except (DataError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{folder / 'items.json'}: unreadable ({error}); register the model again") from error
+        self._ids = {key: number for number, key in enumerate(self._keys, 1)}
+        self._decoder = msgspec.json.Decoder(Request)
+
+    def decode(self, body: bytes) -> Query:
+        """Look up the ids of the last `max_length` known items."""
+        request = parse(self._decoder, body)
+        ids: list[int] = []
+        ignored: dict[str | int, None] = {}
+        for key in request.history:
+            number = self._ids.get(key if isinstance(key, str) else str(key))
+            if number is not None:
+                ids.append(number)
+            elif len(ignored) < MAX_IGNORED:
+                ignored[key] = None
+        history = np.array(ids[-self._max_length :], dtype=np.int64)
+        return Query({"history": history}, {"k": request.k, "ignored": list(ignored)})
+
+    def check(self, inputs: Tensors) -> None:
+        """Hold a raw history against the model's length and the ids it knows."""
+        history = inputs["history"]
+        if not 1 <= len(history) <= self._max_length:
+            raise RequestError(f"history: expected 1..{self._max_length} items a row, got {len(history)}")
+        low, high = int(history.min()), int(history.max())
+        if low < 0 or high > len(self._keys):
+            wrong = low if low < 0 else high
+            raise RequestError(f"history: expected ids in 0..{len(self._keys)} (0: padding), got {wrong}")
+
+    def collate(self, queries: Sequence[Query]) -> Tensors:
+        """Pad on the left: history [B, T] int64, T at least 1."""
+        rows: list[Array] = [query.inputs["history"] for query in queries]
+        return {"history": stack(rows, max(1, max(len(row) for row in rows)))}
+
+    def encode(self, query: Query, outputs: Tensors) -> Mapping[str, Any]:
+        """Name the first k of items [K] and scores [K]; popular items where the history is empty."""
+        k, ignored = query.asked["k"], query.asked["ignored"]
+        if not len(query.inputs["history"]):
+            return {"items": [{"item": key, "score": 0.0} for key in self._keys[:k]], "ignored": ignored}
+        ids, scores = outputs["items"][:k].tolist(), outputs["scores"][:k].tolist()
+        # A small catalogue runs out: what is padding or excluded bears minus infinity, or a huge negative number.
+        items = [
+            {"item": self._keys[number - 1], "score": score}
+            for number, score in zip(ids, scores, strict=True)
+            if number > 0 and score > -1e6
+        ]
+        return {"items": items, "ignored": ignored}
+
+    def shown(self, answer: Mapping[str, Any]) -> Sequence[str]:
+        """Keys of the answer's items."""
+        return [item["item"] for item in answer["items"]]
+
+
+ENDPOINT: Callable[[Path], Endpoint] = RankerEndpoint
