@@ -1,0 +1,256 @@
+"""Where MLflow keeps runs and versions, and two ways to it: a light one for a few calls, and MLflow's own client.
+
+Importing mlflow costs seconds of processor time, too much for a rollback. While the stack's server runs, the few calls
+that a release needs go to its REST interface directly; everything else, and a store without a server, takes the
+library's client. Both have the same method names, so the callers do not know which one they got.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from slipway import config, locks
+from slipway.errors import RegistryError, TransientError
+
+TIMEOUT_S = 5.0
+EXPERIMENT = "slipway"
+RUN_TAG = "slipway.run"
+
+
+@dataclass(frozen=True)
+class Location:
+    """A store: its tracking URI, and whether it is the one of this state folder."""
+
+    uri: str
+    own: bool
+
+    @property
+    def server(self) -> bool:
+        """Whether a server answers for it."""
+        return self.uri.startswith("http")
+
+
+def folder() -> Path:
+    """The folder of this state folder's own store: mlflow.db and artifacts/."""
+    return config.home() / "mlflow"
+
+
+def locate() -> Location:
+    """Find the store: $MLFLOW_TRACKING_URI, else the stack's server if it serves this state folder, else its file."""
+    file = f"sqlite:///{folder() / 'mlflow.db'}"
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if given:
+        return Location(given, given == file or _serves_home(given))
+    server = f"http://127.0.0.1:{_port()}"
+    return Location(server, True) if _serves_home(server) else Location(file, True)
+
+
+def exists() -> bool:
+    """Whether there is a store to ask; laying one out takes MLflow long, and a reader needs none."""
+    return not locate().uri.startswith("sqlite:///") or Path(locate().uri.removeprefix("sqlite:///")).exists()
+
+
+def _port() -> int:
+    stack = config.load().stack if config.PARAMS_FILE.exists() else config.StackParams()
+    return stack.mlflow_port
+
+
+def _serves_home(uri: str) -> bool:
+    """Whether the server at `uri` and the file of this state folder are one store: both were made in one millisecond.
+
+    Another checkout's stack may hold the port; its store must not get our versions.
+    """
+    file = folder() / "mlflow.db"
+    if not uri.startswith("http://127.0.0.1:") or not file.exists():
+        return False
+    try:
+        with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True, timeout=TIMEOUT_S)) as database:
+            row = database.execute("SELECT creation_time FROM experiments WHERE experiment_id = 0").fetchone()
+        theirs = Rest(uri).call("GET", "experiments/get", experiment_id="0")["experiment"]["creation_time"]
+    except (sqlite3.Error, TransientError, StoreError, KeyError):
+        return False
+    return row is not None and int(row[0]) == int(theirs)
+
+
+class StoreError(Exception):
+    """MLflow's server refused a call."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.error_code = code
+
+
+class Rest:
+    """The few calls of a release, with MLflow's own names, over its REST interface."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri.rstrip("/")
+        # Loopback never goes through a proxy that the environment may name.
+        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+
+    def call(self, method: str, path: str, **fields: Any) -> dict[str, Any]:
+        """Make one call; the answer as plain JSON.
+
+        Raises:
+            StoreError: the server refused, with MLflow's error code.
+            TransientError: it does not answer.
+        """
+        url, body = f"{self._uri}/api/2.0/mlflow/{path}", None
+        if method == "GET":
+            url += "?" + urllib.parse.urlencode(fields)
+        else:
+            body = json.dumps(fields).encode()
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method=method)
+        try:
+            with self._open(request, timeout=TIMEOUT_S) as answer:
+                value: dict[str, Any] = json.loads(answer.read() or b"{}")
+                return value
+        except urllib.error.HTTPError as error:
+            raise _refusal(error) from error
+        except (OSError, ValueError) as error:
+            raise TransientError(f"{self._uri}: MLflow does not answer ({error}); is the stack up?") from error
+
+    def get_registered_model(self, name: str) -> Any:
+        """A model with its aliases."""
+        model = self.call("GET", "registered-models/get", name=name)["registered_model"]
+        return SimpleNamespace(aliases={a["alias"]: str(a["version"]) for a in model.get("aliases", [])})
+
+    def set_registered_model_alias(self, name: str, alias: str, version: str) -> None:
+        """Move or make an alias."""
+        self.call("POST", "registered-models/alias", name=name, alias=alias, version=version)
+
+    def delete_registered_model_alias(self, name: str, alias: str) -> None:
+        """Remove an alias."""
+        self.call("DELETE", "registered-models/alias", name=name, alias=alias)
+
+    def get_model_version(self, name: str, version: str) -> Any:
+        """A version with its tags."""
+        found = self.call("GET", "model-versions/get", name=name, version=version)["model_version"]
+        return SimpleNamespace(**{**found, "tags": {t["key"]: t["value"] for t in found.get("tags", [])}})
+
+    def set_model_version_tag(self, name: str, version: str, key: str, value: str) -> None:
+        """Tag a version."""
+        self.call("POST", "model-versions/set-tag", name=name, version=version, key=key, value=value)
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        """An experiment, or None."""
+        try:
+            found = self.call("GET", "experiments/get-by-name", experiment_name=name)["experiment"]
+        except StoreError as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        return SimpleNamespace(**found)
+
+    def create_experiment(self, name: str, artifact_location: str | None = None) -> str:
+        """Make an experiment; its id."""
+        place = {"artifact_location": artifact_location} if artifact_location else {}
+        return str(self.call("POST", "experiments/create", name=name, **place)["experiment_id"])
+
+    def search_runs(self, experiment_ids: list[str], filter_string: str, max_results: int = 1) -> list[Any]:
+        """Runs that match a filter."""
+        found = self.call(
+            "POST", "runs/search", experiment_ids=experiment_ids, filter=filter_string, max_results=max_results
+        )
+        return [SimpleNamespace(info=SimpleNamespace(**run["info"])) for run in found.get("runs", [])]
+
+    def create_run(self, experiment_id: str, tags: Mapping[str, str], run_name: str) -> Any:
+        """Make a run."""
+        made = self.call(
+            "POST",
+            "runs/create",
+            experiment_id=experiment_id,
+            run_name=run_name,
+            start_time=int(time.time() * 1000),
+            tags=[{"key": k, "value": v} for k, v in tags.items()],
+        )["run"]
+        return SimpleNamespace(info=SimpleNamespace(**made["info"]))
+
+
+def _refusal(error: urllib.error.HTTPError) -> Exception:
+    text = error.read().decode(errors="replace")
+    try:
+        answer = json.loads(text)
+        return StoreError(str(answer["error_code"]), str(answer["message"]))
+    except (ValueError, KeyError, TypeError):
+        return TransientError(f"{error.url}: MLflow answered {error.code}: {text[:200]}")
+
+
+def light() -> Any:
+    """A client for a release's few calls: without importing mlflow while a server answers."""
+    place = locate()
+    return Rest(place.uri) if place.server else client()
+
+
+def client() -> Any:
+    """MLflow's own client."""
+    return _client(locate().uri)
+
+
+@lru_cache(maxsize=4)
+def _client(uri: str) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    from mlflow.tracking import MlflowClient
+
+    with locks.held("mlflow"), translated(uri):  # two first users at once would both lay out the database
+        made = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        made.search_registered_models(max_results=1)
+    return made
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Make the store's errors ours."""
+    try:
+        yield
+    except Exception as error:
+        code = getattr(error, "error_code", None)  # MLflow's class is known only once mlflow is imported
+        if code is None:
+            raise
+        message = " ".join(str(error).split())
+        if code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS"}:
+            raise RegistryError(f"{what}: {message}") from error
+        raise TransientError(f"{what}: MLflow failed ({code}): {message[:300]}") from error
+
+
+def start(run: str, tags: Mapping[str, str], through: Any = None) -> str:
+    """Give the id of the MLflow run of the pipeline run `run`, which is made if there is none.
+
+    Args:
+        run: what names the pipeline run; one name has one MLflow run, however often it is started.
+        tags: tags of a new run.
+        through: a client; by default a light one.
+    """
+    through = through or light()
+    with locks.held("experiment"), translated(f"run {run}"):
+        experiment = _experiment(through)
+        quoted = run.replace("'", "")
+        found = through.search_runs([experiment], f"tags.`{RUN_TAG}` = '{quoted}'", max_results=1)
+        made = found[0] if found else through.create_run(experiment, tags={**tags, RUN_TAG: quoted}, run_name=quoted)
+    return str(made.info.run_id)
+
+
+def _experiment(through: Any) -> str:
+    found = through.get_experiment_by_name(EXPERIMENT)
+    if found is not None:
+        return str(found.experiment_id)
+    # Own artifacts lie under plain paths, so that they are found with and without a server.
+    place = (folder() / "artifacts" / EXPERIMENT).as_uri() if locate().own else None
+    return str(through.create_experiment(EXPERIMENT, artifact_location=place))

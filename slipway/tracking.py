@@ -1,0 +1,232 @@
+"""The registry of models, over MLflow: versions with their lineage, aliases, and a verified local copy of each.
+
+    home()/models/WORKLOAD/VERSION/
+        package/        the sealed model package
+        replay.jsonl    held-out samples, replayed as live traffic while the version is a canary
+        version.json    what the copy must be: SHA-256 of both; written last
+
+Aliases: `candidate` passed every gate, `champion` serves everybody, `previous` is what a rollback goes back to. A
+version's artifacts lie in the MLflow run that made it, under `model-CONTENT/`; the copy is what replicas load, so a
+replica starts without MLflow.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slipway import artifacts, config, locks, package, store
+from slipway.errors import DataError, ModelError, RegistryError
+
+PACKAGE, REPLAY, MANIFEST = "package", "replay.jsonl", "version.json"
+CONTENT_TAG = "content"
+
+
+def aliases(workload: str) -> dict[str, str]:
+    """All aliases of a workload and the version that bears each."""
+    if not store.exists():
+        return {}
+    try:
+        with store.translated(workload):
+            return {
+                name: str(version) for name, version in store.light().get_registered_model(workload).aliases.items()
+            }
+    except RegistryError:  # nothing was ever registered
+        return {}
+
+
+def alias(workload: str, name: str) -> str | None:
+    """Give the version that bears an alias."""
+    return aliases(workload).get(name)
+
+
+def set_alias(workload: str, name: str, version: str | None) -> None:
+    """Give an alias to a version, or to none; both may be repeated.
+
+    Raises:
+        RegistryError: there is no such version.
+    """
+    with store.translated(f"{workload}: alias {name}"):
+        if version is not None:
+            store.light().set_registered_model_alias(workload, name, version)
+        elif name in aliases(workload):
+            store.light().delete_registered_model_alias(workload, name)
+
+
+def tag(workload: str, version: str, key: str, value: str) -> None:
+    """Write a tag on a version."""
+    with store.translated(f"{workload}/{version}"):
+        store.light().set_model_version_tag(workload, version, key, value)
+
+
+def tags(workload: str, version: str) -> dict[str, str]:
+    """Read the tags of a version: its lineage, metrics and signature."""
+    with store.translated(f"{workload}/{version}"):
+        return dict(store.light().get_model_version(workload, version).tags)
+
+
+def resolve(workload: str, reference: str) -> str:
+    """Turn an alias or a version number into the version number.
+
+    Raises:
+        RegistryError: no version bears the alias or the number; says which there are.
+    """
+    if reference.isdigit():
+        if not (_folder(workload, reference) / MANIFEST).exists():
+            _version(workload, reference)
+        return reference
+    known = aliases(workload)
+    if reference in known:
+        return known[reference]
+    there = ", ".join(f"{name} = {version}" for name, version in sorted(known.items())) or "none"
+    raise RegistryError(
+        f"{workload}: no version has the alias {reference!r} (aliases: {there}); register one with `dvc repro`"
+    )
+
+
+def _version(workload: str, version: str) -> Any:
+    try:
+        if not store.exists():
+            raise RegistryError("nothing was registered yet")
+        with store.translated(workload):
+            return store.light().get_model_version(workload, version)
+    except RegistryError as error:
+        raise RegistryError(
+            f"{workload}/{version}: no such version in the registry at {store.locate().uri}; if its registration came "
+            "from another checkout's cache, register it here: `dvc repro -s -f register`"
+        ) from error
+
+
+def fetch(workload: str, version: str) -> Path:
+    """Give the folder of a version, with `package/` and `replay.jsonl`, verified; a torn copy is fetched again.
+
+    Raises:
+        RegistryError: there is no such version.
+        ModelError: the registry's own artifacts are corrupt, too.
+    """
+    place = _folder(workload, version)
+    try:
+        verify(place)
+    except ModelError:
+        _version(workload, version)
+        _download(workload, version, place)
+    return place
+
+
+def verify(place: Path) -> None:
+    """Check a copy against what was registered.
+
+    Raises:
+        ModelError: a file is missing or not what it was; names it.
+    """
+    try:
+        expected = artifacts.read_json(place / MANIFEST)
+    except DataError as error:
+        raise ModelError(f"{place}: no copy of a version ({error})") from error
+    package.load(place / PACKAGE)
+    for key, path in ((CONTENT_TAG, place / PACKAGE), ("replay", place / REPLAY)):
+        if not path.exists() or artifacts.sha256(path) != expected.get(key):
+            raise ModelError(f"{path}: missing or not what was registered")
+
+
+def _download(workload: str, version: str, place: Path) -> None:
+    client = store.client()
+    found = client.get_model_version(workload, version)
+    if CONTENT_TAG not in found.tags:
+        raise RegistryError(f"{workload}/{version}: has no tag {CONTENT_TAG!r}, so it was not registered by slipway")
+    with tempfile.TemporaryDirectory(prefix="slipway-") as scratch, store.translated(f"{workload}/{version}"):
+        try:
+            fetched = Path(client.download_artifacts(found.run_id, _under(found.tags[CONTENT_TAG]), scratch))
+        except OSError as error:
+            raise ModelError(
+                f"{workload}/{version}: the registry has lost its artifacts ({error}); register the model again"
+            ) from error
+        expected = {CONTENT_TAG: found.tags.get(CONTENT_TAG), "replay": found.tags.get("replay")}
+        artifacts.write_json(fetched / MANIFEST, expected)
+        try:
+            verify(fetched)
+        except ModelError as error:
+            raise ModelError(
+                f"{workload}/{version}: the copy at {place} and the registry's artifacts are both corrupt ({error}); "
+                "register the model again with `dvc repro -s -f register`"
+            ) from error
+        _keep(place, fetched / PACKAGE, fetched / REPLAY, expected)
+
+
+def _under(content: str) -> str:
+    """Where a version's artifacts lie in its run; one run can make several, when a stage is repeated by hand."""
+    return f"model-{content[:12]}"
+
+
+def _keep(place: Path, sealed: Path, replay: Path, expected: Mapping[str, Any]) -> None:
+    with locks.held("models"), artifacts.writing(place) as beside:
+        beside.mkdir()
+        shutil.copytree(sealed, beside / PACKAGE)
+        shutil.copyfile(replay, beside / REPLAY)
+        artifacts.write_json(beside / MANIFEST, expected)
+
+
+def _folder(workload: str, version: str) -> Path:
+    return config.home() / "models" / workload / version
+
+
+def register(workload: str, sealed: Path, replay: Path, run: str, lineage: Mapping[str, str]) -> str:
+    """Give a package a version; the same package always has the same one, however often it is registered.
+
+    Args:
+        workload: name of the registered model.
+        sealed: the model package.
+        replay: its held-out samples, JSON lines.
+        run: MLflow run that keeps the artifacts.
+        lineage: tags of a new version: git commit, data, metrics.
+
+    Raises:
+        ModelError: the package is corrupt.
+    """
+    loaded = package.load(sealed)
+    expected = {CONTENT_TAG: artifacts.sha256(sealed), "replay": artifacts.sha256(replay)}
+    client = store.client()
+    with locks.held(f"register-{workload}"), store.translated(workload):
+        known = [v for v in _versions(client, workload) if v.tags.get(CONTENT_TAG) == expected[CONTENT_TAG]]
+        if known:
+            version = min(known, key=lambda v: int(v.version))
+            number, expected["replay"] = str(version.version), version.tags["replay"]
+        else:
+            signature = {"inputs": [vars(s) for s in loaded.inputs], "outputs": [vars(s) for s in loaded.outputs]}
+            facts = {**lineage, **expected, "precision": loaded.precision, "signature": json.dumps(signature)}
+            client.log_artifacts(run, str(sealed), f"{_under(expected[CONTENT_TAG])}/{PACKAGE}")
+            client.log_artifact(run, str(replay), _under(expected[CONTENT_TAG]))
+            number = _create(client, workload, run, facts)
+    place = _folder(workload, number)
+    try:
+        verify(place)
+        fresh = artifacts.read_json(place / MANIFEST) != expected
+    except ModelError:
+        fresh = True
+    if fresh and artifacts.sha256(replay) == expected["replay"]:
+        _keep(place, sealed, replay, expected)
+    return number
+
+
+def _versions(client: Any, workload: str) -> list[Any]:
+    return list(client.search_model_versions(f"name = '{workload}'", max_results=10_000))
+
+
+def _create(client: Any, workload: str, run: str, facts: Mapping[str, str]) -> str:
+    if not client.search_registered_models(f"name = '{workload}'"):
+        client.create_registered_model(workload, description=f"Models of the workload {workload}.")
+    source = f"{client.get_run(run).info.artifact_uri}/{_under(facts[CONTENT_TAG])}"
+    metrics = {name.removeprefix("metric."): value for name, value in facts.items() if name.startswith("metric.")}
+    lines = [f"| {name} | {value} |" for name, value in metrics.items()]
+    made = client.create_model_version(
+        workload,
+        source=source,
+        run_id=run,
+        tags=dict(facts),
+        description="\n".join(["| metric | value |", "|---|---|", *lines]),
+    )
+    return str(made.version)
