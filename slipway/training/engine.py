@@ -1,0 +1,56 @@
+"""The DeepSpeed engine, made so that nothing is compiled: on a machine without a compiler, or on its first run."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+from slipway.config import TrainParams
+
+if TYPE_CHECKING:
+    import torch
+
+CLIP = 1.0  # largest norm of the gradient
+
+
+def make(model: torch.nn.Module, train: TrainParams, rank: int, world_size: int, meeting: str) -> Any:
+    """Join the process group and wrap `model` in a DeepSpeed engine with ZeRO and the precision that were asked for.
+
+    Args:
+        model: the module, whose forward gives the loss.
+        train: precision, ZeRO stage, weight decay, batch size.
+        rank: this process.
+        world_size: number of processes.
+        meeting: URL through which the processes find one another.
+    """
+    import torch
+
+    # DeepSpeed's auto-tuner imports MLflow, six seconds of it, for a feature that is not used here.
+    sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]  # None is how an import is refused
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Without this DeepSpeed compiles an all-reduce over shared memory (90 s) that only its inference uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        auto_mpi_discovery=False, init_method=meeting, rank=rank, world_size=world_size, verbose=False
+    )
+    # torch's own AdamW: DeepSpeed's would be compiled at its first use (194 s).
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=train.learning_rate, betas=(0.9, 0.98), weight_decay=train.weight_decay
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config={
+            "train_micro_batch_size_per_gpu": train.batch_size,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": CLIP,
+            "zero_optimization": {"stage": train.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": train.precision == "bf16"},
+            "steps_per_print": sys.maxsize,
+        },
+    )
+    return engine

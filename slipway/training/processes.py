@@ -1,0 +1,118 @@
+"""Training processes of this machine: started together, ended together; the first error is the one that is told.
+
+A process that dies, by an exception or by a signal, ends the others. If the caller itself is killed, the kernel ends
+the processes. They meet through a file and talk over the loopback interface.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from slipway.errors import SlipwayError, TransientError
+
+PR_SET_PDEATHSIG = 1
+GRACE_S = 5.0
+
+
+def run(world_size: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `work(rank, world_size, meeting, *arguments)` in `world_size` processes; the answer of rank 0.
+
+    `work` and its arguments are pickled; `meeting` is a URL for `torch.distributed`.
+
+    Raises:
+        SlipwayError: as a process raised it.
+        TransientError: a process was killed.
+        RuntimeError: a process failed with any other exception; the message is its traceback.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="slipway-train-") as folder:
+        meeting = (Path(folder) / "meeting").as_uri()
+        ranks: dict[Connection, SpawnProcess] = {}
+        try:
+            for rank in range(world_size):
+                receiver, sender = context.Pipe(duplex=False)
+                target = (sender, os.getpid(), work, rank, world_size, meeting, *arguments)
+                process = context.Process(target=_main, args=target, name=f"rank {rank}")
+                process.start()
+                sender.close()  # the process holds the only other end: its death is the end of the stream
+                ranks[receiver] = process
+            return _gather(ranks)
+        finally:
+            _end(list(ranks.values()))
+
+
+def _gather(ranks: dict[Connection, SpawnProcess]) -> Any:
+    answers: dict[str, Any] = {}
+    waiting = list(ranks)
+    while waiting:
+        for receiver in wait(waiting):
+            assert isinstance(receiver, Connection)
+            process = ranks[receiver]
+            try:
+                failed, answer = receiver.recv()
+            except EOFError:
+                process.join(GRACE_S)
+                raise TransientError(
+                    f"training: {process.name} ended with {_cause(process.exitcode)}; run the stage again: it goes on "
+                    "from its last checkpoint"
+                ) from None
+            if failed:
+                raise answer
+            answers[process.name] = answer
+            waiting.remove(receiver)
+    return answers["rank 0"]
+
+
+def _cause(code: int | None) -> str:
+    if code is not None and code < 0:
+        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        return signal.Signals(-code).name + hint
+    return f"exit code {code}"
+
+
+def _end(processes: list[SpawnProcess]) -> None:
+    for process in processes:
+        process.join(0 if process.exitcode is None and sys.exc_info()[0] else GRACE_S)
+        if process.is_alive():
+            process.terminate()
+            process.join(GRACE_S)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _main(
+    sender: Connection, parent: int, work: Callable[..., Any], rank: int, world: int, meeting: str, *rest: Any
+) -> None:
+    """Live and die as one rank."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # the caller died before the line above
+        os._exit(1)
+    threads = max(1, len(os.sched_getaffinity(0)) // world)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        OMP_NUM_THREADS=str(threads),
+        GLOO_SOCKET_IFNAME="lo",
+    )
+    logging.basicConfig(level="INFO" if rank == 0 else "ERROR", format="%(levelname)s %(name)s: %(message)s")
+    try:
+        sender.send((False, work(rank, world, meeting, *rest)))
+    except SlipwayError as error:
+        sender.send((True, error))
+    except Exception as error:  # noqa: BLE001  # whatever it was, it is told and the others are ended
+        told = f"rank {rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}"
+        sender.send((True, RuntimeError(told)))
