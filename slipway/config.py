@@ -237,6 +237,8 @@ class StackParams(Section):
     """Prometheus."""
     alertmanager_port: Port = 18084
     """Alertmanager."""
+    metrics_port: Port = 18085
+    """nginx: the gateway's numbers, for Prometheus."""
     replica_port: Port = 18100
     """First port of the replicas; the following ones are taken in turn."""
 
