@@ -18,13 +18,16 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from slipway.errors import ParamsError, RequestError
+
+if TYPE_CHECKING:
+    import torch
 
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
