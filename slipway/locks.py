@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,3 +18,21 @@ def held(name: str) -> Iterator[None]:
     with path.open("a") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def tried(name: str, holder: str) -> Iterator[str | None]:
+    """Hold the lock `name` as `holder`, or do not wait: gives None, or who holds it already."""
+    path = config.home() / "locks" / f"{name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            yield stream.read().strip() or "unknown"
+            return
+        stream.truncate(0)
+        stream.write(f"{holder}, process {os.getpid()}\n")
+        stream.flush()
+        yield None

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,12 @@ def conf() -> dict[str, Any]:
     return value
 
 
-def main(run: Callable[[config.Params, Report], None]) -> None:
+def main(run: Callable[[config.Params, Report], None], takes: Mapping[str, str] | None = None) -> None:
     """Run a stage as a command: parse its arguments, read `params.yaml`, call `run`, write the report, exit.
+
+    Args:
+        run: the stage.
+        takes: keys of `conf()` that the command line takes too, as `--KEY VALUE`, with their help.
 
     Exit codes: 0 done; 2 the user must mend it; 75 trying again may help; 1 a bug (with its traceback).
     """
@@ -71,11 +75,19 @@ def main(run: Callable[[config.Params, Report], None]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--params", type=Path, default=config.PARAMS_FILE, help="the parameters (default: %(default)s)")
+    for key, text in (takes or {}).items():
+        parser.add_argument(f"--{key}", help=text)
     options = parser.parse_args()
     logging.basicConfig(level=os.environ.get("SLIPWAY_LOG", "INFO"), format="%(levelname)s %(name)s: %(message)s")
     for noisy in ("DeepSpeed", "httpx", "urllib3", "great_expectations", "alembic", "mlflow", "matplotlib", "torch"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    sys.exit(call(name, lambda report: run(config.load(options.params), report)))
+
+    def work(report: Report) -> None:
+        given = {key: getattr(options, key) for key in takes or {} if getattr(options, key) is not None}
+        os.environ[CONF_VARIABLE] = json.dumps(conf() | given)
+        run(config.load(options.params), report)
+
+    sys.exit(call(name, work))
 
 
 def call(name: str, work: Callable[[Report], None]) -> int:
