@@ -1,0 +1,190 @@
+-- The way of one request: a track by its user, a replica by the load, another one when a try fails, the numbers at last.
+local balancer = require "ngx.balancer"
+local health = require "slipway.health"
+local metrics = require "slipway.metrics"
+local state = require "slipway.state"
+
+local M = {}
+
+local CONNECT_S = 0.1
+local READ_S = { realtime = 0.3, feedback = 0.3, batch = 10 } -- of a try that another can follow
+local LAST_READ_S = { realtime = 2, feedback = 2, batch = 30 } -- of the last one: late is better than never
+local TRIES_OF_VERSION = 2 -- then the champion's turn
+local TRIES = 4
+
+local function refuse(code, reason)
+    ngx.var.slipway_reason = reason
+    ngx.exit(code)
+end
+
+-- A user stays on a track, and a higher weight only adds users. The canary's name salts the hash, so that it is not the
+-- same users who try every new version.
+local function on_canary(user, canary, weight)
+    return ngx.crc32_short(canary .. ":" .. user) % 10000 < weight * 10000
+end
+
+local function track_of(now, user)
+    if now.canary and (not now.champion or on_canary(user, now.canary, now.weight)) then
+        return "canary"
+    end
+    return now.champion and "champion"
+end
+
+-- A path that names a version goes to that version, whoever the user is.
+local function track_of_version(now, version)
+    for _, track in ipairs({ "champion", "canary" }) do
+        if now[track] == version then
+            return track
+        end
+    end
+    return nil
+end
+
+local function class_of(uri)
+    if uri == "/v1/feedback" then
+        return "feedback"
+    end
+    local class = ngx.var.http_x_request_class or "realtime"
+    return (class == "realtime" or class == "batch") and class
+end
+
+function M.assign()
+    local now, uri = state.get(), ngx.var.uri
+    local class, track = class_of(uri), nil
+    if not class then
+        return refuse(400, "header X-Request-Class: realtime or batch")
+    end
+    local version = uri:match("^/v2/models/[^/]+/versions/([^/]+)")
+    if class == "feedback" then
+        track = now.champion and "champion" or now.canary and "canary"
+    elseif version then
+        track = track_of_version(now, version)
+        if not track and (now.champion or now.canary) then
+            return refuse(404, "this version is neither the champion nor the canary")
+        end
+    else
+        track = track_of(now, ngx.var.http_x_user or ngx.var.request_id)
+    end
+    if not track then
+        return refuse(503, "no version is served yet: release one first")
+    end
+    ngx.var.slipway_class, ngx.var.slipway_track = class, track
+    ngx.ctx.way = { now = now, version = now[track], class = class, tried = {}, tries = 0, pinned = version ~= nil }
+end
+
+-- The replica among `addresses` with the fewest requests in flight that was not tried yet and is ready (or need not be).
+-- Fewest in flight, because a stalled replica keeps what it was given: it gets little more, even before it is found out.
+local turn = 0
+local function least_loaded(addresses, tried, must_be_ready)
+    local best, best_load
+    turn = turn + 1
+    for offset = 1, #addresses do
+        local address = addresses[(turn + offset) % #addresses + 1]
+        if not tried[address] and (not must_be_ready or health.is_ready(address)) then
+            local load = health.in_flight(address)
+            if not best or load < best_load then
+                best, best_load = address, load
+            end
+        end
+    end
+    return best
+end
+
+-- Where the next try goes: address and version, or nil. The version's own ready replicas first, then the champion's, and
+-- only then those that are out: better a doubtful replica than none.
+local function choose(way)
+    local own = way.now.versions[way.version] or {}
+    local champion = not way.pinned and way.now.versions[way.now.champion] or {}
+    for _, must_be_ready in ipairs({ true, false }) do
+        local address = (way.tries < TRIES_OF_VERSION or #champion == 0 or way.version == way.now.champion)
+            and least_loaded(own, way.tried, must_be_ready)
+        if address then
+            return address, way.version
+        end
+        address = least_loaded(champion, way.tried, must_be_ready)
+        if address then
+            return address, way.now.champion
+        end
+    end
+    return nil
+end
+
+local function all_down(addresses)
+    for _, address in ipairs(addresses or {}) do
+        if not health.is_down(address) then
+            return false
+        end
+    end
+    return true
+end
+
+local function outcome_of(code)
+    if code == 504 then
+        return "timeout"
+    end
+    return (code == 500 or code == 502 or code == 503) and "error" or "ok"
+end
+
+-- A try failed; 502 and 504 are nginx's own words for a broken or silent connection.
+local function settle_failed(way)
+    local _, code = balancer.get_last_failure()
+    health.count(way.address, -1)
+    metrics.attempt(way.serving, code == 504 and "timeout" or "error")
+    if code == 502 or code == 504 then
+        health.failed(way.address)
+    end
+end
+
+function M.balance()
+    local way = ngx.ctx.way
+    if way.address then
+        settle_failed(way)
+    elseif all_down(way.now.versions[way.version]) then
+        metrics.attempt(way.version, "error") -- nobody could even be asked
+    end
+    local address, version = choose(way)
+    if not address and not way.address then
+        ngx.var.slipway_reason = "no replica is left of the version that serves you; try again in a moment"
+        return ngx.exit(503)
+    end
+    -- None left, yet asked again: nginx gives a try back when a kept connection turned out closed.
+    address, version = address or way.address, version or way.serving
+    way.address, way.serving, way.tries = address, version, way.tries + 1
+    way.tried[address] = true
+    ngx.var.slipway_address, ngx.var.slipway_version = address, version
+    health.count(address, 1)
+    local more = way.tries < TRIES and choose(way) ~= nil
+    if more then
+        balancer.set_more_tries(1)
+    end
+    balancer.set_timeouts(CONNECT_S, CONNECT_S, (more and READ_S or LAST_READ_S)[way.class])
+    local host, port = address:match("^(.*):(%d+)$")
+    assert(balancer.set_current_peer(host, tonumber(port)))
+end
+
+-- Every answer says which version gave it, and on which track the user is.
+function M.label()
+    local version, track = ngx.var.slipway_version, ngx.var.slipway_track
+    ngx.header["X-Slipway-Version"] = version ~= "" and version or nil
+    ngx.header["X-Slipway-Track"] = track ~= "" and track or nil
+end
+
+function M.log()
+    local track, address = ngx.var.slipway_track, ngx.var.slipway_address
+    if not track or track == "" then
+        return
+    end
+    local version, code = ngx.var.slipway_version, ngx.status
+    if address ~= "" then
+        health.count(address, -1)
+        local outcome = outcome_of(code)
+        metrics.attempt(version, outcome)
+        if outcome == "timeout" then
+            health.failed(address)
+        end
+    end
+    metrics.request(version ~= "" and version or "none", track, ngx.var.slipway_class, code,
+        tonumber(ngx.var.request_time))
+end
+
+return M

@@ -1,0 +1,27 @@
+-- What every worker does when it starts.
+local ffi = require "ffi"
+local health = require "slipway.health"
+local state = require "slipway.state"
+
+ffi.cdef [[
+    int chmod(const char *path, unsigned int mode);
+    int prctl(int option, unsigned long argument);
+]]
+
+local PR_SET_PDEATHSIG, SIGQUIT, OWNER_ONLY = 1, 3, 384 -- 384 is octal 600
+local M = {}
+
+function M.start(socket)
+    -- nginx opens its sockets to everybody; this one is its owner's.
+    if ffi.C.chmod(socket, OWNER_ONLY) ~= 0 then
+        error("cannot restrict " .. socket)
+    end
+    -- Workers outlive a master that is killed and keep its port: end with it, so that its successor can start.
+    ffi.C.prctl(PR_SET_PDEATHSIG, SIGQUIT)
+    health.forget_own_flights()
+    if ngx.worker.id() == 0 then
+        health.watch(state.get)
+    end
+end
+
+return M

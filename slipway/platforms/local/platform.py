@@ -1,0 +1,278 @@
+"""The local platform: replicas are processes under supervisord, nginx routes to them, Prometheus finds them in a file.
+
+What should be is kept in `platform.json`, the same document that the gateway reads at its start and gets over its
+admin socket:
+
+    {"routing": {"champion": "4", "canary": null, "canary_weight": 0.0},
+     "deployments": {"4": {"workload": "ranker",
+                           "replicas": [{"name": "ranker-4-1", "port": 18100, "serving": true}, ...]}}}
+
+A replica is on record before its process starts and until it ended, so nothing that runs is ever forgotten; the gateway
+gives it requests only while it is `serving`. A call that was killed half-way is mended by the next one. The record is
+locked while it changes, not while replicas start or drain: a rollback never waits for a deployment.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import re
+import signal
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from slipway import artifacts, config
+from slipway.config import Params
+from slipway.errors import PlatformError
+from slipway.platforms.base import Fault, Replica, Routing, Status
+from slipway.platforms.local import gateway, processes
+from slipway.platforms.local.layout import Layout
+from slipway.platforms.local.supervisor import Program, Supervisor
+
+HOST = "127.0.0.1"
+_LOG_LINES = 15
+_POLL_S = 0.05
+_PROBE_TIMEOUT_S = 1.0
+_NAME = re.compile(r"[A-Za-z0-9_.]+")
+
+Document = dict[str, Any]
+Record = dict[str, Any]
+
+
+class LocalPlatform:
+    """Implements `slipway.platforms.base.Platform` on this machine; the stack must be up."""
+
+    def __init__(self, params: Params) -> None:
+        self._params = params
+        self._layout = Layout(config.home())
+        self._supervisor = Supervisor(self._layout)
+
+    @property
+    def gateway_url(self) -> str:
+        """Base URL of the service."""
+        return f"http://{HOST}:{self._params.stack.gateway_port}"
+
+    @property
+    def prometheus_url(self) -> str:
+        """Base URL of Prometheus."""
+        return f"http://{HOST}:{self._params.stack.prometheus_port}"
+
+    def deploy(self, workload: str, version: str, replicas: int, timeout_s: float) -> None:
+        """Bring up `replicas` of a version and wait until all are ready; on failure no new one stays behind.
+
+        Raises:
+            PlatformError: a replica did not become ready; says why, with the end of its log.
+        """
+        for name in (workload, version):
+            if not _NAME.fullmatch(name):
+                raise PlatformError(f"{name!r} cannot name a workload or version: letters, digits, _ and . only")
+        with self._changing() as document:
+            deployment = document["deployments"].setdefault(version, {"workload": workload, "replicas": []})
+            known = sorted(deployment["replicas"], key=lambda replica: not replica["serving"])
+            wanted, surplus = known[:replicas], known[replicas:]
+            wanted += self._allot(document, workload, version, replicas - len(wanted))
+            deployment["replicas"] = wanted + [{**replica, "serving": False} for replica in surplus]
+        try:
+            self._start(workload, version, wanted)
+            self._await_ready(wanted, timeout_s)
+            with self._changing() as document:
+                self._begin_serving(document, version, wanted)
+        except BaseException:
+            self._discard(version, [replica for replica in wanted if not replica["serving"]])
+            raise
+        self._discard(version, surplus)
+
+    def _begin_serving(self, document: Document, version: str, wanted: list[Record]) -> None:
+        on_record = {r["name"]: r for r in document["deployments"].get(version, {}).get("replicas", [])}
+        for name in (replica["name"] for replica in wanted):
+            if name not in on_record:
+                raise PlatformError(f"version {version} was removed while it was deployed")
+            on_record[name]["serving"] = True
+
+    def _discard(self, version: str, replicas: list[Record]) -> None:
+        """End replicas that serve nobody, then strike them from the record."""
+        if not replicas:
+            return
+        self._stop(replicas)
+        names = {replica["name"] for replica in replicas}
+        with self._changing() as document:
+            deployment = document["deployments"].get(version, {"replicas": []})
+            deployment["replicas"] = [r for r in deployment["replicas"] if r["name"] not in names]
+            if not deployment["replicas"]:
+                document["deployments"].pop(version, None)
+
+    def remove(self, version: str) -> None:
+        """Drain and end all replicas of a version; nothing to do is fine.
+
+        Raises:
+            PlatformError: the version is still routed to.
+        """
+        with self._changing() as document:
+            if version in (document["routing"]["champion"], document["routing"]["canary"]):
+                raise PlatformError(f"version {version} is routed to: route elsewhere before you remove it")
+            replicas = document["deployments"].get(version, {}).get("replicas", [])
+            for replica in replicas:
+                replica["serving"] = False
+        self._discard(version, replicas)
+
+    def route(self, routing: Routing) -> None:
+        """Put `routing` in force, at once and without a failed request.
+
+        Raises:
+            PlatformError: a version has no ready replica, or the gateway does not answer.
+        """
+        if routing.champion is not None and routing.champion == routing.canary:
+            raise PlatformError(f"version {routing.champion} cannot be champion and canary at once")
+        with self._changing() as document:
+            # Only a version that gains traffic has to prove itself: to take it away must work in any state.
+            before = document["routing"]
+            for version in {routing.champion, routing.canary} - {None, before["champion"], before["canary"]}:
+                self._refuse_unready(document, str(version))
+            document["routing"] = asdict(routing)
+
+    def status(self) -> Status:
+        """What runs now: the routing on record, and every replica with its readiness at this moment."""
+        document = self._load()
+        replicas = {
+            version: tuple(
+                Replica(r["name"], version, f"{HOST}:{r['port']}", ready=_ready(r["port"]))
+                for r in deployment["replicas"]
+            )
+            for version, deployment in document["deployments"].items()
+        }
+        return Status(Routing(**document["routing"]), replicas)
+
+    def inject(self, replica: Replica, fault: Fault) -> None:
+        """Do `fault` to one replica."""
+        process = self._supervisor.processes().get(replica.name)
+        if process is None or not process.pid:
+            raise PlatformError(f"replica {replica.name} does not run: nothing to {fault}")
+        os.killpg(process.pid, signal.SIGKILL if fault is Fault.KILL else signal.SIGSTOP)
+
+    def heal(self, replica: Replica) -> None:
+        """End a stall; a replica that was killed is restarted by supervisord itself."""
+        process = self._supervisor.processes().get(replica.name)
+        if process is not None and process.pid:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGCONT)
+
+    @contextmanager
+    def _changing(self) -> Iterator[Document]:
+        """Give the document to one caller at a time; what it changed is in force, then on record, when this returns."""
+        if not self._layout.stack_file.exists():
+            raise PlatformError(f"{self._layout.home}: no stack was started here; start it with `make up`")
+        with (self._layout.run / "platform.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            document = self._load()
+            yield document
+            gateway.put(self._layout, document)
+            self._save(document)
+
+    def _load(self) -> Document:
+        if not self._layout.platform_file.exists():
+            return {"routing": asdict(Routing()), "deployments": {}}
+        document: Document = artifacts.read_json(self._layout.platform_file)
+        return document
+
+    def _save(self, document: Document) -> None:
+        artifacts.write_json(self._layout.platform_file, document)
+        targets = [
+            {
+                "targets": [f"{HOST}:{replica['port']}"],
+                "labels": {"workload": deployment["workload"], "version": version, "replica": replica["name"]},
+            }
+            for version, deployment in document["deployments"].items()
+            for replica in deployment["replicas"]
+        ]
+        artifacts.write_json(self._layout.targets, targets)
+
+    def _allot(self, document: Document, workload: str, version: str, count: int) -> list[Record]:
+        """Name `count` new replicas and give each a port that nobody uses."""
+        known = [replica for deployment in document["deployments"].values() for replica in deployment["replicas"]]
+        names, used = {replica["name"] for replica in known}, {replica["port"] for replica in known}
+        used |= {port for key, port in self._params.stack.model_dump().items() if key != "replica_port"}
+        ports = (p for p in range(self._params.stack.replica_port, 65536) if p not in used and processes.is_free(p))
+        fresh = (name for n in itertools.count(1) if (name := f"{workload}-{version}-{n}") not in names)
+        return [{"name": next(fresh), "port": next(ports), "serving": False} for _ in range(count)]
+
+    def _start(self, workload: str, version: str, replicas: list[Record]) -> None:
+        stack, model = artifacts.read_json(self._layout.stack_file), ("--model", f"{workload}/{version}")
+        for replica in replicas:
+            program = Program(
+                name=replica["name"],
+                command=[stack["python"], "-m", "slipway.serving", *model, "--port", str(replica["port"])],
+                folder=Path(stack["checkout"]),
+                environment=self._environment(),
+                start_at_once=True,
+                stop_wait_s=self._params.serve.drain_s + 2,
+            )
+            file = self._layout.replicas / f"{replica['name']}.conf"
+            if not file.exists():
+                self._layout.log(replica["name"]).unlink(missing_ok=True)
+                artifacts.write_text(file, program.section(self._layout))
+        self._supervisor.reload()
+        for replica in replicas:
+            self._supervisor.start(replica["name"])
+
+    def _environment(self) -> Mapping[str, str]:
+        return {
+            "SLIPWAY_HOME": str(self._layout.home),
+            "SLIPWAY_SERVE": self._params.serve.model_dump_json(),
+            "SLIPWAY_REDIS": str(self._layout.redis_socket),
+            "OMP_NUM_THREADS": str(self._params.serve.threads),
+        }
+
+    def _await_ready(self, replicas: list[Record], timeout_s: float) -> None:
+        """Wait until all replicas are ready; a new one that ends meanwhile is not going to be."""
+        deadline = time.monotonic() + timeout_s
+        first = {name: process.pid for name, process in self._supervisor.processes().items()}
+        waiting = list(replicas)
+        while waiting := [replica for replica in waiting if not _ready(replica["port"])]:
+            now = self._supervisor.processes()
+            for name in (replica["name"] for replica in waiting if not replica["serving"]):
+                if not now[name].alive or now[name].pid != first[name]:
+                    raise PlatformError(f"replica {name} ended before it was ready:\n{self.log_end(name)}")
+            if time.monotonic() > deadline:
+                name = waiting[0]["name"]
+                raise PlatformError(f"replica {name} not ready after {timeout_s:g} s:\n{self.log_end(name)}")
+            time.sleep(_POLL_S)
+
+    def log_end(self, program: str) -> str:
+        """Give the last lines of a program's log."""
+        return processes.log_end(self._layout.log(program), _LOG_LINES)
+
+    def _stop(self, replicas: list[Record]) -> None:
+        """End replicas, all at once: each finishes what it has begun."""
+        names = [replica["name"] for replica in replicas]
+        if not names:
+            return
+        for name, process in self._supervisor.processes().items():
+            if name in names and process.pid:
+                with suppress(ProcessLookupError):  # a stalled replica could not hear the request to stop
+                    os.killpg(process.pid, signal.SIGCONT)
+        self._supervisor.stop(names, self._params.serve.drain_s + 10)
+        for name in names:
+            (self._layout.replicas / f"{name}.conf").unlink(missing_ok=True)
+        self._supervisor.reload()
+
+    def _refuse_unready(self, document: Document, version: str) -> None:
+        replicas = document["deployments"].get(version, {}).get("replicas", [])
+        if not any(replica["serving"] for replica in replicas):
+            raise PlatformError(f"version {version} is not deployed: deploy it before you route to it")
+        if not any(_ready(replica["port"]) for replica in replicas):
+            raise PlatformError(f"version {version} has no ready replica: users cannot be routed to it")
+
+
+def _ready(port: int) -> bool:
+    try:
+        url = f"http://{HOST}:{port}/v2/health/ready"
+        with urllib.request.urlopen(url, timeout=_PROBE_TIMEOUT_S) as response:
+            return bool(response.status == 200)
+    except (OSError, ValueError):  # URLError and HTTPError are OSErrors; ValueError: not HTTP
+        return False

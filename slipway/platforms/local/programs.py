@@ -1,0 +1,184 @@
+"""The programs of the local stack: how each is started, where it answers, and how to see that it is well."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import urllib.request
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jinja2
+
+from slipway import artifacts
+from slipway.config import Params
+from slipway.errors import PlatformError
+from slipway.platforms.local import airflow, gateway
+from slipway.platforms.local.layout import Layout
+from slipway.platforms.local.supervisor import Program
+
+HOST = "127.0.0.1"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_HEALTH_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True)
+class Service:
+    """A program of the stack with its address."""
+
+    program: Program
+    address: str
+    """URL, or path of a unix socket; empty: it only works for others."""
+    healthy: Callable[[], bool]
+    ports: Mapping[str, int]
+    """Ports that it listens on, by their key in params.yaml."""
+    start_s: float = 20.0
+    """Longest time from start to health on a busy machine."""
+
+    @property
+    def name(self) -> str:
+        """Name of the program."""
+        return self.program.name
+
+
+def find(program: str) -> str | None:
+    """Find a system program, on the user's path or where administrators' programs lie."""
+    return shutil.which(program) or shutil.which(program, path=PATH)
+
+
+def all_of(layout: Layout, checkout: Path, python: str, params: Params) -> dict[str, Service]:
+    """Describe every program of the stack, by name, in the order of their start."""
+    services = [
+        _redis(layout),
+        _gateway(layout, checkout, params),
+        _prometheus(layout, checkout, params),
+        _alertmanager(layout, checkout, params),
+        _mlflow(layout, python, params),
+        *_airflow(layout, checkout, python, params),
+    ]
+    return {service.name: service for service in services}
+
+
+def _redis(layout: Layout) -> Service:
+    command = [find("redis-server") or "redis-server", "--port", "0", "--unixsocket", str(layout.redis_socket)]
+    # What it holds, who was shown what, is worth nothing after a power cut.
+    command += ["--unixsocketperm", "600", "--save", "", "--appendonly", "no", "--daemonize", "no"]
+    command += ["--maxmemory", "256mb", "--maxmemory-policy", "allkeys-lru"]
+    program = Program("redis", command, layout.folder("redis"))
+    return Service(program, str(layout.redis_socket), lambda: _redis_answers(layout.redis_socket), {})
+
+
+def _redis_answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(_HEALTH_TIMEOUT_S)
+        try:
+            client.connect(str(path))
+            client.sendall(b"PING\r\n")
+            return client.recv(16).startswith(b"+PONG")
+        except OSError:
+            return False
+
+
+def _gateway(layout: Layout, checkout: Path, params: Params) -> Service:
+    folder = layout.folder("gateway")
+    (folder / "temp").mkdir(exist_ok=True)
+    file, text = folder / "nginx.conf", gateway.render(layout, checkout, params)
+    artifacts.write_text(file, text)
+    nginx = [find("nginx") or "nginx", "-p", f"{folder}/", "-c", str(file), "-e", "stderr"]
+    # nginx does not take over a unix socket that a killed one left.
+    command = ["/bin/sh", "-c", 'rm -f "$1"; shift; exec "$@"', "sh", str(layout.gateway_socket), *nginx]
+    revision = {"SLIPWAY_REVISION": artifacts.sha256(checkout / "infra" / "nginx")[:12], **_revision(text)}
+    program = Program("gateway", command, folder, revision, stop_signal="QUIT")
+    ports = {"stack.gateway_port": params.stack.gateway_port, "stack.metrics_port": params.stack.metrics_port}
+
+    def healthy() -> bool:
+        try:
+            gateway.state(layout)
+        except PlatformError:
+            return False
+        return True
+
+    return Service(program, f"http://{HOST}:{params.stack.gateway_port}", healthy, ports)
+
+
+def _prometheus(layout: Layout, checkout: Path, params: Params) -> Service:
+    folder, port = layout.folder("prometheus"), params.stack.prometheus_port
+    values = {**params.stack.model_dump(), "targets": layout.targets}
+    text = _template(checkout / "infra" / "prometheus" / "prometheus.yml.j2", values)
+    artifacts.write_text(folder / "prometheus.yml", text)
+    command = [find("prometheus") or "prometheus", f"--config.file={folder}/prometheus.yml"]
+    command += [f"--storage.tsdb.path={folder}/data", f"--web.listen-address={HOST}:{port}", "--log.level=warn"]
+    command += ["--storage.tsdb.retention.time=3d", "--storage.tsdb.retention.size=512MB"]
+    program = Program("prometheus", command, folder, _revision(text))
+    return _web(program, port, "stack.prometheus_port", "/-/ready", start_s=60)
+
+
+def _alertmanager(layout: Layout, checkout: Path, params: Params) -> Service:
+    folder, port = layout.folder("alertmanager"), params.stack.alertmanager_port
+    text = _template(checkout / "infra" / "prometheus" / "alertmanager.yml.j2", params.stack.model_dump())
+    artifacts.write_text(folder / "alertmanager.yml", text)
+    command = [find("prometheus-alertmanager") or find("alertmanager") or "alertmanager"]
+    command += [f"--config.file={folder}/alertmanager.yml", f"--storage.path={folder}/data", "--log.level=warn"]
+    # Without an empty cluster address it listens on all interfaces for others of its kind.
+    command += [f"--web.listen-address={HOST}:{port}", "--cluster.listen-address="]
+    program = Program("alertmanager", command, folder, _revision(text))
+    return _web(program, port, "stack.alertmanager_port", "/-/ready")
+
+
+def _mlflow(layout: Layout, python: str, params: Params) -> Service:
+    folder, port = layout.folder("mlflow"), params.stack.mlflow_port
+    command = [python, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        f"{folder}/artifacts",
+    ]
+    program = Program("mlflow", command, folder, {"MLFLOW_DISABLE_TELEMETRY": "true"})
+    return _web(program, port, "stack.mlflow_port", "/health", start_s=180)
+
+
+def _airflow(layout: Layout, checkout: Path, python: str, params: Params) -> list[Service]:
+    folder, port = layout.folder("airflow"), params.stack.airflow_port
+    environment = airflow.environment(folder, checkout, params)
+    services = []
+    for name, arguments, part in airflow.PARTS:
+        program = Program(name, [python, "-m", "airflow", *arguments], folder, environment, stop_wait_s=20)
+        serves = part == "metadatabase"
+        services.append(
+            Service(
+                program,
+                f"http://{HOST}:{port}" if serves else "",
+                partial(airflow.healthy, f"http://{HOST}:{port}", part),
+                {"stack.airflow_port": port} if serves else {},
+                start_s=240,
+            )
+        )
+    return services
+
+
+def _web(program: Program, port: int, key: str, path: str, start_s: float = 20.0) -> Service:
+    url = f"http://{HOST}:{port}"
+    return Service(program, url, lambda: answers(url + path), {key: port}, start_s)
+
+
+def answers(url: str) -> bool:
+    """Whether a URL gives status 200 now."""
+    try:
+        with urllib.request.urlopen(url, timeout=_HEALTH_TIMEOUT_S) as response:
+            return bool(response.status == 200)
+    except (OSError, ValueError):  # URLError and HTTPError are OSErrors; ValueError: not HTTP
+        return False
+
+
+def _template(path: Path, values: Mapping[str, object]) -> str:
+    template = jinja2.Template(path.read_text(), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return str(template.render(values))
+
+
+def _revision(text: str) -> dict[str, str]:
+    """Let supervisord see that a program's configuration file changed: only then it is started anew."""
+    return {"SLIPWAY_CONFIGURATION": f"{zlib.crc32(text.encode()):08x}"}

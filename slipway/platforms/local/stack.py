@@ -1,0 +1,226 @@
+"""The local stack as a whole: up, down, status. Every call is idempotent: what runs stays, what is gone is gone."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from slipway import artifacts
+from slipway.config import Params
+from slipway.errors import DataError, StackError
+from slipway.platforms.local import airflow, processes, programs, system
+from slipway.platforms.local.layout import Layout, here
+from slipway.platforms.local.processes import Session
+from slipway.platforms.local.programs import Service
+from slipway.platforms.local.supervisor import Process, Supervisor, configuration
+
+CHECKOUT = Path(__file__).parents[3]
+_SUPERVISOR_START_S = 20.0
+_STOP_S = 45.0
+_POLL_S = 0.1
+_LOG_LINES = 20
+
+
+def up(params: Params, only: Sequence[str] = (), tell: Callable[[str], None] = print) -> None:
+    """Start the programs of the stack (all, or `only` some) and wait until each is well.
+
+    Raises:
+        StackError: a program is missing, a port is taken, or a program did not become well (with the end of its log).
+    """
+    layout, python = here(), sys.executable
+    layout.make()
+    with _alone(layout):
+        system.require()
+        services = programs.all_of(layout, CHECKOUT, python, params)
+        wanted = _select(services, only)
+        text = configuration(layout, [service.program for service in services.values()])
+        artifacts.write_text(layout.home / "supervisor" / "supervisord.conf", text)
+        supervisor = Supervisor(layout)
+        if supervisor.answers():
+            supervisor.reload()
+        else:
+            end_orphans(layout)
+            _refuse_taken_ports(wanted)
+            _start_supervisor(layout, supervisor)
+        known = supervisor.processes()
+        fresh = [service for service in wanted if not known[service.name].alive]
+        _refuse_taken_ports(fresh)
+        _record(layout, python, supervisor, wanted)
+        _start(layout, python, supervisor, fresh)
+        _await_health(layout, supervisor, wanted, tell)
+
+
+def _select(services: dict[str, Service], only: Sequence[str]) -> list[Service]:
+    if unknown := sorted(set(only) - services.keys()):
+        raise StackError(f"no program {', '.join(unknown)}; there are: {', '.join(services)}")
+    return [service for name, service in services.items() if not only or name in only]
+
+
+def end_orphans(layout: Layout) -> int:
+    """End what a supervisord that was killed left behind, and clear its socket."""
+    count = processes.end(layout.home, _session(layout), grace_s=10.0)
+    for left in (layout.supervisor_socket, layout.gateway_socket, layout.redis_socket):
+        left.unlink(missing_ok=True)
+    return count
+
+
+def _refuse_taken_ports(services: Sequence[Service]) -> None:
+    taken = [
+        f"{service.name}: port {port} is held by {processes.holder(port)}; end that, or change {key} in params.yaml"
+        for service in services
+        for key, port in service.ports.items()
+        if not processes.is_free(port)
+    ]
+    if taken:
+        raise StackError("\n".join(taken))
+
+
+def _start_supervisor(layout: Layout, supervisor: Supervisor) -> None:
+    """Start supervisord, which leaves this session and stays."""
+    own = {"SLIPWAY_HOME": str(layout.home), processes.MARK: str(layout.home)}
+    own["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', programs.PATH)}"
+    foreign = ("AIRFLOW__", "SLIPWAY_")
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
+    conf = layout.home / "supervisor" / "supervisord.conf"
+    command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(conf)]
+    started = subprocess.run(
+        command,
+        env=inherited | own,
+        cwd=layout.home,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    deadline = time.monotonic() + _SUPERVISOR_START_S
+    while not supervisor.answers():
+        if started.returncode or time.monotonic() > deadline:
+            end = processes.log_end(layout.log("supervisord"), _LOG_LINES)
+            raise StackError(f"supervisord did not start: {started.stderr.strip() or started.stdout.strip()}\n{end}")
+        time.sleep(0.05)
+
+
+def _record(layout: Layout, python: str, supervisor: Supervisor, wanted: Sequence[Service]) -> None:
+    before = artifacts.read_json(layout.stack_file)["programs"] if layout.stack_file.exists() else []
+    names = [*before, *(service.name for service in wanted if service.name not in before)]
+    session = asdict(Session.of(supervisor.pid()))
+    value = {"checkout": CHECKOUT, "python": python, "session": session, "programs": names}
+    artifacts.write_json(layout.stack_file, value)
+
+
+def _start(layout: Layout, python: str, supervisor: Supervisor, fresh: Sequence[Service]) -> None:
+    """Start programs, all at once; Airflow's after its database was brought to its version."""
+    late = [service for service in fresh if service.name.startswith("airflow")]
+    for service in fresh:
+        if service not in late:
+            supervisor.start(service.name)
+    if late:
+        folder = layout.folder("airflow")
+        airflow.make_password(folder)
+        airflow.migrate(folder, python, late[0].program.environment, layout.log("airflow-migrate"))
+    for service in late:
+        supervisor.start(service.name)
+
+
+def _await_health(
+    layout: Layout, supervisor: Supervisor, wanted: Sequence[Service], tell: Callable[[str], None]
+) -> None:
+    began = time.monotonic()
+    waiting = list(wanted)
+    while waiting:
+        known = supervisor.processes()
+        for service in list(waiting):
+            seconds = time.monotonic() - began
+            process = known[service.name]
+            if process.alive and service.healthy():
+                waiting.remove(service)
+                tell(f"{service.name:<18} ready  {seconds:5.1f} s  {service.address}".rstrip())
+            elif not process.alive or seconds > service.start_s:
+                what = "ended" if not process.alive else f"is not well after {service.start_s:.0f} s"
+                log = layout.log(service.name)
+                raise StackError(f"{service.name} {what}; the end of {log}:\n{processes.log_end(log, _LOG_LINES)}")
+        time.sleep(_POLL_S)
+
+
+def down() -> int:
+    """End every process that `up` began, replicas and orphans too, and nothing else; how many had to be hunted."""
+    layout = here()
+    if not layout.home.exists():
+        return 0
+    layout.make()
+    with _alone(layout):
+        supervisor = Supervisor(layout)
+        session = _session(layout)
+        if supervisor.answers():
+            for pid in processes.own(layout.home, session):
+                with suppress(ProcessLookupError):  # a stalled process could not hear the request to stop
+                    os.kill(pid, signal.SIGCONT)
+            leader = supervisor.pid()
+            supervisor.stop(list(supervisor.processes()), _STOP_S)
+            supervisor.shutdown()
+            deadline = time.monotonic() + 10
+            while Path(f"/proc/{leader}").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+        return end_orphans(layout)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the status."""
+
+    name: str
+    state: str
+    pid: int
+    uptime_s: float
+    address: str
+
+    @property
+    def well(self) -> bool:
+        """It runs."""
+        return self.state == "RUNNING"
+
+
+def status(params: Params) -> list[Row]:
+    """Tell of every program that `up` was asked for, and of every replica."""
+    layout = here()
+    if not layout.stack_file.exists():
+        return []
+    stack = artifacts.read_json(layout.stack_file)
+    services = programs.all_of(layout, Path(stack["checkout"]), stack["python"], params)
+    addresses = {name: services[name].address for name in stack["programs"]}
+    if layout.platform_file.exists():
+        deployments = artifacts.read_json(layout.platform_file)["deployments"].values()
+        replicas = (replica for deployment in deployments for replica in deployment["replicas"])
+        addresses |= {replica["name"]: f"http://{programs.HOST}:{replica['port']}" for replica in replicas}
+    supervisor = Supervisor(layout)
+    known = supervisor.processes() if supervisor.answers() else {}
+    nobody = Process("", "DOWN", 0, 0)
+    rows = []
+    for name, address in addresses.items():
+        process = known.get(name, nobody)
+        uptime = time.time() - process.started if process.pid else 0.0
+        rows.append(Row(name, process.state, process.pid, uptime, address))
+    return rows
+
+
+def _session(layout: Layout) -> Session | None:
+    try:
+        return Session(**artifacts.read_json(layout.stack_file)["session"])
+    except DataError:
+        return None
+
+
+@contextmanager
+def _alone(layout: Layout) -> Iterator[None]:
+    """One `up` or `down` at a time."""
+    with (layout.run / "stack.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
