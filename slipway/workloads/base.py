@@ -124,7 +124,8 @@ def parse(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise RequestError(str(error).replace("$.", "").replace("$", "the body")) from error
+        text = str(error).replace("`$.", "`")
+        raise RequestError(text if " - at `" in text else f"the body: {text}") from error
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not valid JSON: {error}") from error
 

@@ -23,14 +23,14 @@ def key(item: int) -> str:
     return f"item{item}"
 
 
-def seal(folder: Path, items: int = ITEMS, width: int = WIDTH, seed: int = 0) -> Path:
+def seal(folder: Path, items: int = ITEMS, width: int = WIDTH, seed: int = 0, prefix: str = "item") -> Path:
     """Write a package of the ranker's signature; scores are the same whatever the padding."""
     folder.mkdir(parents=True, exist_ok=True)
     top = min(100, items)
     embedding_ID = np.random.default_rng(seed).normal(size=(items + 1, width)).astype(np.float32)
     embedding_ID[0] = 0
     onnx.save(_model(embedding_ID, top), folder / package.MODEL)
-    names = {"max_length": MAX_LENGTH, "keys": [key(i) for i in range(1, items + 1)]}
+    names = {"max_length": MAX_LENGTH, "keys": [f"{prefix}{i}" for i in range(1, items + 1)]}
     (folder / "items.json").write_text(json.dumps(names))
     outputs = (
         TensorSpec("items", "int64", (None, top)),
