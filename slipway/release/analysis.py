@@ -115,11 +115,31 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """What one limit says."""
+
+    limit: str
+    told: str
+    """The figures, for people."""
+    bad: int
+    """Requests, attempts or answers of the canary that count against it."""
+    violated: bool
+
+
+@dataclass(frozen=True)
 class Judgement:
-    """A verdict with its reasons, for people."""
+    """A verdict and what it rests on."""
 
     verdict: Verdict
-    reasons: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    few: str = ""
+    """Why it is too early to say, if it is."""
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """What was decisive, for people."""
+        violated = tuple(f"{f.limit}: {f.told}" for f in self.findings if f.violated)
+        return violated or ((self.few,) if self.few else tuple(f"{f.limit}: {f.told}" for f in self.findings))
 
 
 @dataclass(frozen=True)
@@ -154,17 +174,13 @@ def judge(now: Window, limits: Limits, earlier: Sequence[Window] = ()) -> Judgem
     A violated limit is a rollback at any moment of a step; too few requests are a reason to wait, never to roll back.
     """
     windows = [*earlier, now]
-    found = [_failed(windows, limits), _errors(windows, limits), _slow(now, limits), _metric(windows, limits)]
-    violated = tuple(reason for bad, reason in found if bad)
-    if violated:
-        return Judgement(Verdict.ROLLBACK, violated)
+    findings = (_failed(windows, limits), _errors(windows, limits), _slow(now, limits), _metric(windows, limits))
+    if any(finding.violated for finding in findings):
+        return Judgement(Verdict.ROLLBACK, findings)
     if now.canary.requests < limits.canary.min_requests:
         few = f"{now.canary.requests} requests on the canary, {limits.canary.min_requests} are needed to judge it"
-        return Judgement(Verdict.HOLD, (few,))
-    return Judgement(Verdict.ADVANCE, tuple(reason for _, reason in found))
-
-
-Finding = tuple[bool, str]
+        return Judgement(Verdict.HOLD, findings, few)
+    return Judgement(Verdict.ADVANCE, findings)
 
 
 def _failed(windows: Sequence[Window], limits: Limits) -> Finding:
@@ -185,9 +201,9 @@ Counts = Sequence[tuple[int, int]]  # in each window: how many failed, of how ma
 def _exceeds(what: str, mine: Counts, theirs: Counts, limits: Limits) -> Finding:
     limit = limits.slo.max_error_ratio
     total, champion = (Share(sum(p for p, _ in c), sum(n for _, n in c), limit) for c in (mine, theirs))
-    told = f"{what}: {total.part} of {total.whole} ({total.ratio:.2%}), allowed {limit:.2%}"
+    told = f"{total.part} of {total.whole} ({total.ratio:.2%}), allowed {limit:.2%}"
     told += f", champion {champion.part} of {champion.whole}" if theirs else ""
-    return evidence(total) >= limits.proof and _worse(mine, theirs), told
+    return Finding(what, told, total.part, evidence(total) >= limits.proof and _worse(mine, theirs))
 
 
 def _slow(now: Window, limits: Limits) -> Finding:
@@ -199,9 +215,10 @@ def _slow(now: Window, limits: Limits) -> Finding:
         limit_ms = min(limit_ms, max(limits.canary.max_p99_ratio * reference, limits.slo.p99_ms / 10))
     over, total = now.canary.latency.over(limit_ms), sum(now.canary.latency.counts)
     theirs = [(now.champion.latency.over(limit_ms), sum(now.champion.latency.counts))] if now.champion else []
-    told = f"P99: {_ms(now.canary.latency.quantile(0.99))}, allowed {limit_ms:.3g} ms"
+    told = f"{_ms(now.canary.latency.quantile(0.99))}, allowed {limit_ms:.3g} ms"
     told += f", champion {_ms(reference)}" if now.champion else ""
-    return evidence(Share(over, total, 0.01)) >= limits.proof_in_step and _worse([(over, total)], theirs), told
+    violated = evidence(Share(over, total, 0.01)) >= limits.proof_in_step and _worse([(over, total)], theirs)
+    return Finding("P99", told, over, violated)
 
 
 def _ms(value: float | None) -> str:
@@ -233,6 +250,7 @@ def _metric(windows: Sequence[Window], limits: Limits) -> Finding:
     ]
     mine = Share(sum(w.canary.hits for w in windows), sum(w.canary.feedbacks for w in windows), 1.0)
     theirs = Share(sum(b.hits for b, _ in pairs), sum(b.feedbacks for b, _ in pairs), 1.0)
-    told = f"online metric: {mine.ratio:.3f} of {mine.whole} feedbacks"
+    told = f"{mine.ratio:.3f} of {mine.whole} feedbacks"
     told += f", champion {theirs.ratio:.3f} of {theirs.whole}, drop allowed {1 - kept:.0%}" if pairs else ""
-    return bool(shares) and evidence(*shares) >= limits.proof, told
+    violated = bool(shares) and evidence(*shares) >= limits.proof
+    return Finding("online metric", told, mine.whole - mine.part, violated)

@@ -37,11 +37,19 @@ def move(platform: Platform, known: Routing, new: Routing) -> None:
         CanaryRejectedError: somebody moved the traffic meanwhile, by a rollback for instance.
     """
     with locks.held("routing"):
-        now = platform.status().routing
-        if now not in (known, new):
-            raise CanaryRejectedError(f"the traffic was moved meanwhile, from {known} to {now}; it is left there")
-        if now != new:
-            platform.route(new)
+        require(platform, known)
+        platform.route(new)
+
+
+def require(platform: Platform, known: Routing) -> None:
+    """See that `known` is still in force.
+
+    Raises:
+        CanaryRejectedError: somebody moved the traffic meanwhile.
+    """
+    now = platform.status().routing
+    if now != known:
+        raise CanaryRejectedError(f"the traffic was moved meanwhile, from {known} to {now}; it is left there")
 
 
 @dataclass(frozen=True)

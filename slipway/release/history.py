@@ -1,6 +1,6 @@
-"""The record of releases, `releases.jsonl` in the state folder: an event a line, for people and for a rollback.
+"""The history of releases, `releases.jsonl` in the state folder: an event a line, for people and for a rollback.
 
-A rollback has to know the version before the champion when the registry is down, so the record decides, and the
+A rollback has to know the version before the champion when the registry is down, so this history decides, and the
 registry's aliases follow it.
 """
 
@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from slipway import config
+from slipway import config, tracking
 
 Event = dict[str, Any]
 
@@ -54,3 +54,11 @@ def previous(workload: str) -> str | None:
     """Version that the last promotion replaced; None once that was rolled back, or in the beginning."""
     moves = [event for event in events(workload) if event["event"] in {"promote", "rollback"}]
     return moves[-1].get("replaced") if moves else None
+
+
+def name_versions(workload: str, champion: str | None, previous: str | None) -> None:
+    """Move the registry's aliases to what serves; the champion is no candidate any more."""
+    tracking.set_alias(workload, "champion", champion)
+    tracking.set_alias(workload, "previous", previous)
+    if champion is not None and tracking.alias(workload, "candidate") == champion:
+        tracking.set_alias(workload, "candidate", None)

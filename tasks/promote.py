@@ -1,0 +1,64 @@
+"""Make the candidate the champion: all users in one atomic step, then the registry's aliases follow.
+
+Reads reports/deploy.json; writes reports/promote.json. The version that it replaces becomes `previous` and stays warm
+for `promote.warm_s`, so that a rollback takes a moment; then its replicas are drained, unless it serves again. Killed
+anywhere and run again it ends the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from slipway import locks, platforms, stage
+from slipway.config import Params
+from slipway.platforms.base import Platform, Routing
+from slipway.progress import Progress
+from slipway.release import history, state
+from slipway.stage import Report
+
+log = logging.getLogger(__name__)
+
+
+def run(params: Params, report: Report) -> None:
+    """Promote, keep the replaced version warm, and drain it."""
+    version = state.deployed(report.path.parent).version
+    platform = platforms.connect(params)
+    with state.alone(f"promotion of version {version}"):
+        routing = state.candidate_routing(platform, version)
+        if routing.champion != version:
+            began = time.monotonic()
+            # The history first: after a crash in between, a rollback finds `previous` serving and has nothing to do.
+            history.append("promote", params.workload, version, replaced=routing.champion)
+            state.move(platform, routing, Routing(champion=version))
+            report["seconds_to_route"] = round(time.monotonic() - began, 3)
+        replaced = history.previous(params.workload)
+        report["version"], report["replaced"] = version, replaced
+        history.name_versions(params.workload, version, replaced)
+    # The release is over: the next one, or a rollback, need not wait for the drain.
+    if replaced is not None and platform.status().replicas.get(replaced):
+        _wait(f"version {replaced} stays warm", params.promote.warm_s)
+        report["drained"] = _drain(platform, replaced)
+
+
+def _wait(label: str, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    with Progress(label, total=seconds, unit="s") as progress:
+        while (left_s := end - time.monotonic()) > 0:
+            time.sleep(min(1.0, left_s))
+            progress.advance(min(1.0, left_s))
+
+
+def _drain(platform: Platform, version: str) -> bool:
+    """Remove a version's replicas; False: it serves users again and is left alone."""
+    with locks.held("routing"):
+        routing = platform.status().routing
+        if version in (routing.champion, routing.canary):
+            log.info("not drained, it serves users again version=%s", version)
+            return False
+        platform.remove(version)
+    return True
+
+
+if __name__ == "__main__":
+    stage.main(run)
