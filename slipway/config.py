@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from slipway.errors import ParamsError
 
@@ -327,6 +325,9 @@ def _section_of(workload: str) -> type[Section]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    from ruamel.yaml import YAML  # late: a replica reads no file, and has to start fast
+    from ruamel.yaml.error import YAMLError
+
     try:
         raw = YAML(typ="safe", pure=True).load(path.read_text())
     except FileNotFoundError as error:
@@ -410,6 +411,8 @@ def override(path: Path, values: Mapping[str, Any]) -> Params:
     Raises:
         ParamsError: a key is unknown or a value is not allowed; the file is then as it was.
     """
+    from ruamel.yaml import YAML
+
     from slipway.artifacts import write_text
 
     raw = _read(path)

@@ -32,6 +32,8 @@ IDLE_S: Final = 75.0
 LINGER_S: Final = 1.0
 """After a refusal the rest of the request is read away, or the client would see a reset and not the answer."""
 
+_HEAD_TOO_LARGE: Final = (431, f"the request's head is larger than {MAX_HEAD_BYTES} bytes")
+
 
 class Request(NamedTuple):
     """One whole request."""
@@ -158,8 +160,7 @@ class Connection(asyncio.Protocol):
         """Parse; requests that become whole start from `on_message_complete`."""
         if self._refused:
             return
-        if self._in_head:
-            self._head_bytes += len(data)
+        in_head = self._in_head and self._reading
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -167,8 +168,10 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
         except httptools.HttpParserError:
             self._refusal = self._refusal or (400, "this is not HTTP/1.1")
-        if self._in_head and self._reading and self._head_bytes > MAX_HEAD_BYTES:
-            self._refusal = (431, f"the request's head is larger than {MAX_HEAD_BYTES} bytes")
+        if in_head and self._in_head:  # the parser tells of whole headers only: count what it keeps to itself
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._refusal = _HEAD_TOO_LARGE
         if self._refusal is not None and not self._line and self._task is None:
             self._refuse(*self._refusal)
 
@@ -195,6 +198,7 @@ class Connection(asyncio.Protocol):
     def on_url(self, url: bytes) -> None:
         """The target, maybe in pieces."""
         self._target += url
+        self._head_bytes += len(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Two headers matter here; framing is the parser's."""
@@ -209,7 +213,7 @@ class Connection(asyncio.Protocol):
         """The head is whole."""
         self._in_head = False
         if self._head_bytes > MAX_HEAD_BYTES:
-            self._refusal = (431, f"the request's head is larger than {MAX_HEAD_BYTES} bytes")
+            self._refusal = _HEAD_TOO_LARGE
         elif self._expects and self._refusal is None and self._task is None:
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -223,7 +227,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """The request is whole: put it in line."""
-        self._reading, self._in_head, self._head_bytes = False, True, 0
+        self._reading, self._in_head = False, True
         if self._refusal is not None:
             return
         path = self._target.partition(b"?")[0].decode("latin-1")
