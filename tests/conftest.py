@@ -13,6 +13,8 @@ import pytest
 hypothesis.settings.register_profile("slipway", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("slipway")
 
+pytest_plugins = ("tests.platforms.stand",)
+
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 

@@ -27,6 +27,7 @@ PARTS = (
     ("airflow-dags", ["dag-processor"], "dag_processor"),
     ("airflow-triggerer", ["triggerer", "--skip-serve-logs"], "triggerer"),
 )
+NAMES = tuple(name for name, *_ in PARTS)
 _TIMEOUT_S = 2.0
 _MIGRATION_TIMEOUT_S = 300.0
 

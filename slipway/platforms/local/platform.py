@@ -20,7 +20,6 @@ import os
 import re
 import signal
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -31,14 +30,12 @@ from slipway import artifacts, config
 from slipway.config import Params
 from slipway.errors import PlatformError
 from slipway.platforms.base import Fault, Replica, Routing, Status
-from slipway.platforms.local import gateway, processes
+from slipway.platforms.local import gateway, processes, programs
 from slipway.platforms.local.layout import Layout
 from slipway.platforms.local.supervisor import Program, Supervisor
 
-HOST = "127.0.0.1"
 _LOG_LINES = 15
 _POLL_S = 0.05
-_PROBE_TIMEOUT_S = 1.0
 _NAME = re.compile(r"[A-Za-z0-9_.]+")
 
 Document = dict[str, Any]
@@ -56,12 +53,12 @@ class LocalPlatform:
     @property
     def gateway_url(self) -> str:
         """Base URL of the service."""
-        return f"http://{HOST}:{self._params.stack.gateway_port}"
+        return f"http://{programs.HOST}:{self._params.stack.gateway_port}"
 
     @property
     def prometheus_url(self) -> str:
         """Base URL of Prometheus."""
-        return f"http://{HOST}:{self._params.stack.prometheus_port}"
+        return f"http://{programs.HOST}:{self._params.stack.prometheus_port}"
 
     def deploy(self, workload: str, version: str, replicas: int, timeout_s: float) -> None:
         """Bring up `replicas` of a version and wait until all are ready; on failure no new one stays behind.
@@ -141,7 +138,7 @@ class LocalPlatform:
         document = self._load()
         replicas = {
             version: tuple(
-                Replica(r["name"], version, f"{HOST}:{r['port']}", ready=_ready(r["port"]))
+                Replica(r["name"], version, f"{programs.HOST}:{r['port']}", ready=_ready(r["port"]))
                 for r in deployment["replicas"]
             )
             for version, deployment in document["deployments"].items()
@@ -184,7 +181,7 @@ class LocalPlatform:
         artifacts.write_json(self._layout.platform_file, document)
         targets = [
             {
-                "targets": [f"{HOST}:{replica['port']}"],
+                "targets": [f"{programs.HOST}:{replica['port']}"],
                 "labels": {"workload": deployment["workload"], "version": version, "replica": replica["name"]},
             }
             for version, deployment in document["deployments"].items()
@@ -270,9 +267,4 @@ class LocalPlatform:
 
 
 def _ready(port: int) -> bool:
-    try:
-        url = f"http://{HOST}:{port}/v2/health/ready"
-        with urllib.request.urlopen(url, timeout=_PROBE_TIMEOUT_S) as response:
-            return bool(response.status == 200)
-    except (OSError, ValueError):  # URLError and HTTPError are OSErrors; ValueError: not HTTP
-        return False
+    return programs.answers(f"http://{programs.HOST}:{port}/v2/health/ready")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from slipway.platforms.local.supervisor import Process, Supervisor, configuratio
 CHECKOUT = Path(__file__).parents[3]
 _SUPERVISOR_START_S = 20.0
 _STOP_S = 45.0
+_REPLICA_START_S = 60.0
 _POLL_S = 0.1
 _LOG_LINES = 20
 
@@ -54,8 +56,18 @@ def up(params: Params, only: Sequence[str] = (), tell: Callable[[str], None] = p
         fresh = [service for service in wanted if not known[service.name].alive]
         _refuse_taken_ports(fresh)
         _record(layout, python, supervisor, wanted)
-        _start(layout, python, supervisor, fresh)
-        _await_health(layout, supervisor, wanted, tell)
+        with ThreadPoolExecutor(1) as pool:
+            of_airflow = [service for service in wanted if service.name in airflow.NAMES]
+            rest = [service for service in wanted if service not in of_airflow]
+            # Airflow's database may need its time: the others start and become well meanwhile.
+            migrated = pool.submit(_prepare_airflow, layout, python, [s for s in of_airflow if s in fresh], supervisor)
+            for service in rest:
+                if service in fresh:
+                    supervisor.start(service.name)
+            _await_health(layout, supervisor, rest, tell)
+            migrated.result()
+            _await_health(layout, supervisor, of_airflow, tell)
+        _await_replicas(layout, tell)
 
 
 def _select(services: dict[str, Service], only: Sequence[str]) -> list[Service]:
@@ -66,7 +78,7 @@ def _select(services: dict[str, Service], only: Sequence[str]) -> list[Service]:
 
 def end_orphans(layout: Layout) -> int:
     """End what a supervisord that was killed left behind, and clear its socket."""
-    count = processes.end(layout.home, _session(layout), grace_s=10.0)
+    count = processes.end(layout.home, session(layout), grace_s=10.0)
     for left in (layout.supervisor_socket, layout.gateway_socket, layout.redis_socket):
         left.unlink(missing_ok=True)
     return count
@@ -111,22 +123,19 @@ def _start_supervisor(layout: Layout, supervisor: Supervisor) -> None:
 def _record(layout: Layout, python: str, supervisor: Supervisor, wanted: Sequence[Service]) -> None:
     before = artifacts.read_json(layout.stack_file)["programs"] if layout.stack_file.exists() else []
     names = [*before, *(service.name for service in wanted if service.name not in before)]
-    session = asdict(Session.of(supervisor.pid()))
-    value = {"checkout": CHECKOUT, "python": python, "session": session, "programs": names}
+    leader = asdict(Session.of(supervisor.pid()))
+    value = {"checkout": CHECKOUT, "python": python, "session": leader, "programs": names}
     artifacts.write_json(layout.stack_file, value)
 
 
-def _start(layout: Layout, python: str, supervisor: Supervisor, fresh: Sequence[Service]) -> None:
-    """Start programs, all at once; Airflow's after its database was brought to its version."""
-    late = [service for service in fresh if service.name.startswith("airflow")]
+def _prepare_airflow(layout: Layout, python: str, fresh: Sequence[Service], supervisor: Supervisor) -> None:
+    """Start Airflow's parts, after its database was brought to its version."""
+    if not fresh:
+        return
+    folder = layout.folder("airflow")
+    airflow.make_password(folder)
+    airflow.migrate(folder, python, fresh[0].program.environment, layout.log("airflow-migrate"))
     for service in fresh:
-        if service not in late:
-            supervisor.start(service.name)
-    if late:
-        folder = layout.folder("airflow")
-        airflow.make_password(folder)
-        airflow.migrate(folder, python, late[0].program.environment, layout.log("airflow-migrate"))
-    for service in late:
         supervisor.start(service.name)
 
 
@@ -150,6 +159,26 @@ def _await_health(
         time.sleep(_POLL_S)
 
 
+def _await_replicas(layout: Layout, tell: Callable[[str], None]) -> None:
+    """Wait for the replicas on record, which start with supervisord; a broken one must not keep the rest from use."""
+    waiting = _replicas(layout)
+    deadline = time.monotonic() + _REPLICA_START_S
+    while waiting := {n: url for n, url in waiting.items() if not programs.answers(f"{url}/v2/health/ready")}:
+        if time.monotonic() > deadline:
+            for name in waiting:
+                tell(f"{name:<18} NOT READY; the end of {layout.log(name)}:\n{processes.log_end(layout.log(name), 5)}")
+            return
+        time.sleep(_POLL_S)
+
+
+def _replicas(layout: Layout) -> dict[str, str]:
+    """Name and URL of every replica on record."""
+    if not layout.platform_file.exists():
+        return {}
+    deployments = artifacts.read_json(layout.platform_file)["deployments"].values()
+    return {r["name"]: f"http://{programs.HOST}:{r['port']}" for d in deployments for r in d["replicas"]}
+
+
 def down() -> int:
     """End every process that `up` began, replicas and orphans too, and nothing else; how many had to be hunted."""
     layout = here()
@@ -158,9 +187,8 @@ def down() -> int:
     layout.make()
     with _alone(layout):
         supervisor = Supervisor(layout)
-        session = _session(layout)
         if supervisor.answers():
-            for pid in processes.own(layout.home, session):
+            for pid in processes.own(layout.home, session(layout)):
                 with suppress(ProcessLookupError):  # a stalled process could not hear the request to stop
                     os.kill(pid, signal.SIGCONT)
             leader = supervisor.pid()
@@ -195,11 +223,7 @@ def status(params: Params) -> list[Row]:
         return []
     stack = artifacts.read_json(layout.stack_file)
     services = programs.all_of(layout, Path(stack["checkout"]), stack["python"], params)
-    addresses = {name: services[name].address for name in stack["programs"]}
-    if layout.platform_file.exists():
-        deployments = artifacts.read_json(layout.platform_file)["deployments"].values()
-        replicas = (replica for deployment in deployments for replica in deployment["replicas"])
-        addresses |= {replica["name"]: f"http://{programs.HOST}:{replica['port']}" for replica in replicas}
+    addresses = {name: services[name].address for name in stack["programs"]} | _replicas(layout)
     supervisor = Supervisor(layout)
     known = supervisor.processes() if supervisor.answers() else {}
     nobody = Process("", "DOWN", 0, 0)
@@ -211,7 +235,8 @@ def status(params: Params) -> list[Row]:
     return rows
 
 
-def _session(layout: Layout) -> Session | None:
+def session(layout: Layout) -> Session | None:
+    """Read which session supervisord opened when `up` last found or started it."""
     try:
         return Session(**artifacts.read_json(layout.stack_file)["session"])
     except DataError:

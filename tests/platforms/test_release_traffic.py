@@ -1,0 +1,189 @@
+"""What users see of the local platform: real nginx, real model servers, an open loop of requests."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from slipway.errors import PlatformError
+from slipway.platforms.base import Fault, Replica, Routing
+from slipway.release.replay import Replay
+from tests.conftest import needs
+from tests.platforms import stand
+from tests.platforms.stand import Here
+
+pytestmark = [needs("nginx", "redis-server", "prometheus"), pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def two(here: Here) -> Here:
+    """Versions 1 and 2 with two replicas each."""
+    for version in "12":
+        stand.publish(version)
+        here.platform.deploy("ranker", version, 2, timeout_s=60)
+    return here
+
+
+@pytest.fixture(autouse=True)
+def _champion_alone(two: Here) -> Iterator[None]:
+    two.platform.route(Routing(champion="1"))
+    yield
+    deadline = time.monotonic() + 30
+    while not all(r.ready for rs in two.platform.status().replicas.values() for r in rs):
+        assert time.monotonic() < deadline, two.platform.status()
+        time.sleep(0.1)
+
+
+def traffic(here: Here, rate_rps: float) -> Replay:
+    return Replay(here.platform.gateway_url, "/v1/recommend", stand.samples(), rate_rps)
+
+
+def replica(here: Here, version: str, index: int = 0) -> Replica:
+    return here.platform.status().replicas[version][index]
+
+
+def ask(here: Here, path: str = "/v1/recommend", user: str = "u1", **headers: str) -> tuple[int, dict[str, str], Any]:
+    body = json.dumps({"history": ["item1"], "k": 3}).encode()
+    request = urllib.request.Request(here.platform.gateway_url + path, body, {"X-User": user, **headers})
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, dict(answer.headers), json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, dict(error.headers), json.load(error)
+
+
+def counters(here: Here, name: str) -> Counter[str]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{here.params.stack.metrics_port}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if line.startswith(name))
+    return Counter({series.removeprefix(name): round(float(value)) for series, value in pairs})
+
+
+def test_no_request_is_lost_while_the_weight_moves(two: Here) -> None:
+    with traffic(two, 200) as load:
+        for weight in (0.05, 0.5, 1.0, 0.3, 0.0):
+            two.platform.route(Routing("1", "2", weight))
+            time.sleep(0.6)
+        two.platform.route(Routing("2"))  # a promotion
+        time.sleep(0.4)
+        two.platform.route(Routing("1"))
+    figures = load.figures()
+    print(figures, Counter((a.track, a.version) for a in load.answers))
+    assert figures.failed == 0, Counter(a.error for a in load.answers if a.failed)
+    assert figures.requests > 400
+    assert {a.version for a in load.answers} == {"1", "2"}
+    assert load.feedback_failed == 0
+
+
+def test_no_request_is_lost_when_a_replica_is_killed(two: Here) -> None:
+    victim = replica(two, "1")
+    with traffic(two, 100) as load:
+        time.sleep(0.5)
+        two.platform.inject(victim, Fault.KILL)
+        time.sleep(2)
+    print(load.figures())
+    assert load.figures().failed == 0, Counter(a.error for a in load.answers if a.failed)
+
+
+def test_no_request_is_lost_when_a_replica_stalls_and_few_are_late(two: Here) -> None:
+    victim = replica(two, "1", 1)
+    with traffic(two, 100) as load:
+        time.sleep(0.5)
+        two.platform.inject(victim, Fault.STALL)
+        time.sleep(3)
+        two.platform.heal(victim)
+    figures, late = load.figures(), sum(a.latency_ms > 250 for a in load.answers)
+    print(figures, f"over 250 ms: {late}")
+    assert figures.failed == 0, Counter(a.error for a in load.answers if a.failed)
+    # Without fewest-in-flight it would be half of what comes in until the first timeout, 15 of them, and more.
+    assert late <= 0.03 * figures.requests
+
+
+def test_a_user_stays_and_a_higher_weight_only_adds_users(two: Here) -> None:
+    users = [f"user {n}" for n in range(150)]
+    before: set[str] = set()
+    for weight in (0.0, 0.1, 0.4, 1.0):
+        two.platform.route(Routing("1", "2", weight))
+        tracks = [{u for u in users if ask(two, user=u)[1]["X-Slipway-Track"] == "canary"} for _ in range(2)]
+        assert tracks[0] == tracks[1], "a user moved without a change of the weight"
+        assert before <= tracks[0], "a higher weight took users away"
+        assert abs(len(tracks[0]) / len(users) - weight) < 0.13
+        before = tracks[0]
+
+
+def test_users_never_see_a_canary_that_is_broken_but_its_failures_are_counted(two: Here) -> None:
+    two.platform.route(Routing("1", "2", 1.0))
+    victims = [replica(two, "2", 0), replica(two, "2", 1)]
+    before = counters(two, "slipway_gateway_attempts_total")
+    for victim in victims:
+        two.platform.inject(victim, Fault.STALL)
+    answers = [ask(two, user=f"u{n}") for n in range(5)]
+    for victim in victims:
+        two.platform.heal(victim)
+    new = counters(two, "slipway_gateway_attempts_total") - before
+    assert [(status, headers["X-Slipway-Track"]) for status, headers, _ in answers] == [(200, "canary")] * 5
+    assert {headers["X-Slipway-Version"] for _, headers, _ in answers} == {"1"}
+    assert new['{version="2",outcome="timeout"}'] >= 1
+    assert new['{version="2",outcome="timeout"}'] + new['{version="2",outcome="error"}'] >= 3
+    assert new['{version="1",outcome="ok"}'] == 5
+
+
+def test_a_version_without_a_ready_replica_or_in_use_is_refused(two: Here) -> None:
+    with pytest.raises(PlatformError, match="version 9 is not deployed"):
+        two.platform.route(Routing("1", "9", 0.1))
+    with pytest.raises(PlatformError, match="version 1 is routed to"):
+        two.platform.remove("1")
+    assert two.platform.status().routing == Routing("1")
+
+
+def test_a_model_that_cannot_start_says_why_and_leaves_nothing(two: Here) -> None:
+    place = stand.publish("7")
+    (place / "package" / "model.onnx").write_bytes(b"torn")
+    with pytest.raises(PlatformError, match=r"(?s)ranker-7-\d .*\n.*ranker/7"):
+        two.platform.deploy("ranker", "7", 2, timeout_s=60)
+    assert "7" not in two.platform.status().replicas
+    assert not list((two.home / "supervisor" / "replicas").glob("ranker-7-*"))
+
+
+def test_replicas_come_and_go_with_the_number_that_is_asked_for(two: Here) -> None:
+    with traffic(two, 50) as load:
+        two.platform.deploy("ranker", "1", 3, timeout_s=60)
+        assert len(two.platform.status().replicas["1"]) == 3
+        two.platform.deploy("ranker", "1", 2, timeout_s=60)
+    assert [r.name for r in two.platform.status().replicas["1"]] == ["ranker-1-1", "ranker-1-2"]
+    assert load.figures().failed == 0
+    targets = json.loads((two.home / "prometheus" / "targets" / "replicas.json").read_text())
+    found = sorted(t["labels"]["replica"] for t in targets if t["labels"]["version"] == "1")
+    assert found == ["ranker-1-1", "ranker-1-2"]
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "code", "reason"),
+    [
+        ("/nope", {}, 404, "no such path"),
+        ("/v1/nope", {}, 404, ""),
+        ("/v2/models/ranker/versions/9/infer", {}, 404, "neither the champion nor the canary"),
+        ("/v1/recommend", {"X-Request-Class": "urgent"}, 400, "realtime or batch"),
+        ("/v1/recommend", {"Content-Length": "2000000"}, 413, "larger than 1048576 bytes"),
+    ],
+)
+def test_a_bad_request_gets_its_reason_as_json(
+    two: Here, path: str, headers: dict[str, str], code: int, reason: str
+) -> None:
+    status, _, answer = ask(two, path, **headers)
+    assert (status, reason in answer["error"]) == (code, True), answer
+
+
+def test_batch_requests_are_served_and_counted_apart(two: Here) -> None:
+    before = counters(two, "slipway_gateway_requests_total")
+    assert ask(two, **{"X-Request-Class": "batch"})[0] == 200
+    new = counters(two, "slipway_gateway_requests_total") - before
+    assert new == {'{version="1",track="champion",class="batch",code="200"}': 1}

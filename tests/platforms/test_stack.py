@@ -1,0 +1,195 @@
+"""The stack as a whole: up, down, status, power cuts, ports that are taken."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from slipway import artifacts
+from slipway.errors import StackError
+from slipway.platforms.base import Routing
+from slipway.platforms.local import gateway, processes, stack
+from slipway.platforms.local.layout import Layout
+from slipway.platforms.local.platform import LocalPlatform
+from tests.conftest import ROOT, free_port, needs
+from tests.platforms import stand
+
+pytestmark = needs("nginx", "redis-server", "prometheus")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("SLIPWAY_HOME", str(tmp_path / "home"))
+    yield tmp_path / "home"
+    stack.down()
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def members(home: Path) -> list[str]:
+    """Command lines of all processes that this home's stack could have begun."""
+    lines = []
+    for pid in (int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()):
+        line = processes.command_line(pid)
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            continue
+        if str(home) in line or f"={home}\0".encode() in environment:
+            lines.append(f"{pid} {line}")
+    return [line for line in lines if not line.startswith(f"{os.getpid()} ")]
+
+
+@pytest.mark.slow
+def test_a_power_cut_loses_neither_replicas_nor_routing_and_down_leaves_nothing(home: Path) -> None:
+    params = stand.params()
+    stack.up(params, stand.SERVICE, silent)
+    platform = LocalPlatform(params)
+    for version in "12":
+        stand.publish(version)
+        platform.deploy("ranker", version, 1, timeout_s=60)
+    platform.route(Routing("1", "2", 0.25))
+
+    for pid in processes.own(home, stack.session(Layout(home))):
+        os.kill(pid, signal.SIGKILL)
+    stack.up(params, stand.SERVICE, silent)
+    assert platform.status().routing == Routing("1", "2", 0.25)
+    assert gateway.state(Layout(home))["canary_weight"] == 0.25
+    assert {v: [r.ready for r in rs] for v, rs in platform.status().replicas.items()} == {"1": [True], "2": [True]}
+
+    os.kill(stack.session(Layout(home)).leader, signal.SIGKILL)  # type: ignore[union-attr]  # it is up
+    stack.up(params, ["redis"], silent)  # what the killed supervisord left is ended first
+    assert len([line for line in members(home) if "redis-server" in line]) == 1
+
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=home)
+    try:
+        stack.down()
+        assert bystander.poll() is None
+        assert [line for line in members(home) if str(bystander.pid) not in line] == []
+        assert not list((home / "run").glob("*.sock"))
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_a_second_up_changes_nothing_and_only_this_user_reaches_the_orders(home: Path) -> None:
+    params = stand.params()
+    stack.up(params, ["redis", "gateway"], silent)
+    before = {row.name: row.pid for row in stack.status(params)}
+    stack.up(params, ["redis", "gateway"], silent)
+    assert {row.name: row.pid for row in stack.status(params)} == before
+    assert all(row.well for row in stack.status(params))
+
+    admin = home / "run" / "gateway.sock"
+    assert admin.stat().st_mode & 0o777 == 0o600
+    assert home.stat().st_mode & 0o777 == (home / "run").stat().st_mode & 0o777 == 0o700
+    for port in (params.stack.gateway_port, params.stack.metrics_port):
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"PUT /state HTTP/1.0\r\nContent-Length: 2\r\n\r\n{}")
+            assert client.recv(64).startswith(b"HTTP/1.1 404")
+    stopped = stack.down()
+    assert stopped == 0, "what supervisord ended in good order left orphans"
+    assert [row.well for row in stack.status(params)] == [False, False]
+
+
+def test_without_a_version_the_gateway_says_so(home: Path) -> None:
+    params = stand.params()
+    stack.up(params, ["gateway"], silent)
+    with socket.create_connection(("127.0.0.1", params.stack.gateway_port)) as client:
+        client.sendall(b"POST /v1/recommend HTTP/1.0\r\nContent-Length: 2\r\n\r\n{}")
+        answer = client.makefile("rb").read()
+    assert b" 503 " in answer
+    assert b"no version is served yet" in answer
+
+
+def test_a_killed_gateway_comes_back_by_itself(home: Path) -> None:
+    params = stand.params()
+    stack.up(params, ["gateway"], silent)
+    (master,) = [row.pid for row in stack.status(params)]
+    os.kill(master, signal.SIGKILL)  # its workers must not keep the port, nor its socket the path
+    deadline = time.monotonic() + 15
+    while [row.pid for row in stack.status(params)] in ([master], [0]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    stack.up(params, ["gateway"], silent)
+    assert gateway.state(Layout(home))["champion"] is None
+
+
+def test_a_port_in_use_is_named_with_its_holder_and_its_key(home: Path) -> None:
+    params = stand.params()
+    with socket.create_server(("127.0.0.1", params.stack.gateway_port)), pytest.raises(StackError) as caught:
+        stack.up(params, ["gateway"], silent)
+    message = str(caught.value)
+    assert f"port {params.stack.gateway_port} is held by pid {os.getpid()} (" in message
+    assert "stack.gateway_port in params.yaml" in message
+    assert members(home) == []
+
+
+def test_a_home_with_a_long_path_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLIPWAY_HOME", str(tmp_path / ("x" * 100)))
+    with pytest.raises(StackError, match="bytes too long for the unix sockets"):
+        stack.up(stand.params(), ["redis"], silent)
+
+
+def test_an_unknown_program_is_named_with_those_there_are(home: Path) -> None:
+    with pytest.raises(StackError, match="no program nginx; there are: redis, gateway"):
+        stack.up(stand.params(), ["nginx"], silent)
+
+
+def test_the_command_ends_with_2_and_one_line_when_a_port_is_taken(home: Path, tmp_path: Path) -> None:
+    params = stand.params()
+    file = stand.write_params(tmp_path / "params.yaml", params)
+    command = [sys.executable, "-m", "slipway.platforms.local", "--params", str(file), "up", "--only", "prometheus"]
+    with socket.create_server(("127.0.0.1", params.stack.prometheus_port)):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "stack.prometheus_port" in done.stderr
+
+
+@needs("promtool")
+def test_the_rendered_configurations_are_valid(home: Path) -> None:
+    params = stand.params()
+    stack.up(params, ["redis"], silent)
+    nginx = ["nginx", "-t", "-q", "-p", f"{home}/gateway/", "-c", f"{home}/gateway/nginx.conf", "-e", "stderr"]
+    for command in (
+        nginx,
+        ["promtool", "check", "config", f"{home}/prometheus/prometheus.yml"],
+        ["amtool", "check-config", f"{home}/alertmanager/alertmanager.yml"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_session_of_an_earlier_boot_or_leader_holds_none_of_ours(home: Path) -> None:
+    now = processes.Session.of(os.getpid())
+    assert now.may_hold_members()
+    assert not processes.Session(now.leader, now.start_time + 1, now.boot).may_hold_members()
+    assert not processes.Session(now.leader, now.start_time, "another boot").may_hold_members()
+
+
+def test_a_free_port_is_free_and_a_held_one_is_not() -> None:
+    port = free_port()
+    assert processes.is_free(port)
+    with socket.create_server(("127.0.0.1", port)):
+        assert not processes.is_free(port)
+
+
+def test_what_the_gateway_restores_is_what_was_on_record(home: Path) -> None:
+    params = stand.params()
+    document = {"routing": {"champion": "3", "canary": "4", "canary_weight": 0.5}, "deployments": {}}
+    Layout(home).make()
+    artifacts.write_json(home / "platform.json", document)
+    stack.up(params, ["gateway"], silent)
+    state = gateway.state(Layout(home))
+    assert (state["champion"], state["canary"], state["canary_weight"]) == ("3", "4", 0.5)
