@@ -247,6 +247,20 @@ def start(run: str, tags: Mapping[str, str], through: Any = None) -> str:
     return str(made.info.run_id)
 
 
+def artifacts_of(run_id: str) -> Path:
+    """Folder of a run's artifacts in this state folder's own store."""
+    return folder() / "artifacts" / EXPERIMENT / run_id / "artifacts"
+
+
+def address(run_id: str) -> str:
+    """Address of a run in MLflow's web UI; empty where no server answers."""
+    place = locate()
+    if not place.server:
+        return ""
+    experiment = Rest(place.uri).call("GET", "runs/get", run_id=run_id)["run"]["info"]["experiment_id"]
+    return f"{place.uri}/#/experiments/{experiment}/runs/{run_id}"
+
+
 def _experiment(through: Any) -> str:
     found = through.get_experiment_by_name(EXPERIMENT)
     if found is not None:
