@@ -1,0 +1,225 @@
+"""Where events come from: a CSV, TSV, Parquet or text table, here or behind a URL, as one SQL query over its rows.
+
+What cannot be a table is refused before it is read at length: a missing, empty, truncated or binary file, a wrong
+delimiter, a missing column. A remote source is first copied beside the output, because it is read more than once, and
+a broken connection is better met at the start.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from slipway.config import Columns, IngestParams
+from slipway.errors import DataError, SlipwayError, TransientError
+from slipway.progress import Progress
+
+ENDINGS = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".txt": "text",
+    ".text": "text",
+    ".dat": "text",
+}
+DELIMITERS = {"csv": ",", "tsv": "\t", "text": " "}
+NAMES = {",": "commas (csv)", "\t": "tabs (tsv)", " ": "blanks (text)", ";": "semicolons", "|": "bars"}
+BLOCK = 4 << 20
+HEAD = 1 << 16
+"""Bytes of a file that are looked at before it is read."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A source that looks like a table, with the columns that were asked for."""
+
+    name: str
+    """The source as the user wrote it."""
+    path: Path
+    format: str
+    header: bool
+    width: int
+    """Number of columns."""
+    user: int
+    item: int
+    time: int | None
+
+    def scan(self) -> str:
+        """Give a query for `row` (from 1; a header counts), and `user`, `item` and `time` as text."""
+        path = "'" + str(self.path).replace("'", "''") + "'"
+        row = f"row_number() OVER () + {int(self.header)}"
+        if self.format == "parquet":
+            field, source = "CAST(#{} AS VARCHAR)", f"read_parquet({path})"
+        elif self.format == "text":
+            field, source = "parts[{}]", self._lines(path, row)
+            row = "row"
+        else:
+            names = ", ".join(f"'c{column}': 'VARCHAR'" for column in range(1, self.width + 1))
+            field = "c{}"
+            source = f"""read_csv({path}, auto_detect = false, header = {self.header}, strict_mode = true,
+                delim = '{DELIMITERS[self.format]}', quote = '"', escape = '"', columns = {{{names}}})"""
+        user, item = (_no_blank(field.format(column + 1)) for column in (self.user, self.item))
+        time = "CAST(NULL AS VARCHAR)" if self.time is None else _no_blank(field.format(self.time + 1))
+        return f"SELECT {row} AS row, {user} AS user, {item} AS item, {time} AS time FROM {source}"
+
+    def _lines(self, path: str, row: str) -> str:
+        """Read whole lines and cut them at runs of blanks, which no delimiter can say; empty lines are passed over."""
+        return rf"""(SELECT row, CASE WHEN len(parts) = {self.width} THEN parts
+                ELSE error(printf('row %d holds %d fields, not {self.width}', row, len(parts))) END AS parts FROM
+                (SELECT {row} AS row, string_split_regex(trim(line, E' \t\r'), '[ \t]+') AS parts FROM
+                    read_csv({path}, auto_detect = false, header = {self.header}, delim = E'\x01', quote = '',
+                        escape = '', columns = {{'line': 'VARCHAR'}})) WHERE parts IS NOT NULL AND parts <> [''])"""
+
+
+def _no_blank(field: str) -> str:
+    return f"CASE WHEN trim({field}) IN ('', 'NaN') THEN NULL ELSE {field} END"
+
+
+def open_table(ingest: IngestParams, work: Path) -> Table:
+    """Find the source, copy it into `work` if it is remote, and look at its beginning.
+
+    Raises:
+        DataError: it is missing, empty, truncated or binary, is parted otherwise, or lacks a column.
+        TransientError: its server did not answer.
+    """
+    name, form = ingest.source, ingest.format
+    if form == "auto":
+        plain = name.removesuffix(".gz").removesuffix(".zst")
+        form = ENDINGS.get(Path(plain).suffix.lower(), "")  # type: ignore[assignment]  # checked in the next line
+        if not form:
+            raise DataError(
+                f"{name}: no telling its form by its ending; set ingest.format to csv, tsv, parquet or text"
+            )
+    path = _copy(name, work) if "://" in name else Path(name)
+    if not path.exists():
+        raise DataError(f"{name}: no such file; set ingest.source")
+    if path.is_dir():
+        raise DataError(f"{name}: is a folder; set ingest.source to one file")
+    if path.stat().st_size == 0:
+        raise DataError(f"{name}: the file is empty")
+    return _look_parquet(name, path, ingest.columns) if form == "parquet" else _look(name, path, form, ingest.columns)
+
+
+def _copy(name: str, work: Path) -> Path:
+    """Copy a remote file into `work` block by block."""
+    import fsspec
+
+    target = work / ("source" + "".join(Path(name.split("?")[0]).suffixes[-2:]))
+    try:
+        with (
+            fsspec.open(name, "rb") as remote,
+            target.open("wb") as local,
+            Progress("ingest: copy", getattr(remote, "size", None), "B") as progress,
+        ):
+            while block := remote.read(BLOCK):
+                local.write(block)
+                progress.advance(len(block))
+    except FileNotFoundError as error:
+        raise DataError(f"{name}: no such file; set ingest.source") from error
+    except (ImportError, ValueError, PermissionError) as error:
+        raise DataError(f"{name}: cannot be opened: {error}") from error
+    except OSError as error:
+        if error.errno is not None and error.filename == str(target):
+            raise
+        raise TransientError(f"{name}: reading it failed: {error}; try again") from error
+    return target
+
+
+def _look_parquet(name: str, path: Path, columns: Columns) -> Table:
+    import pyarrow.parquet
+
+    with path.open("rb") as stream:
+        first = stream.read(4)
+        stream.seek(max(-4, -path.stat().st_size), 2)
+        last = stream.read(4)
+    if first != b"PAR1":
+        raise DataError(f"{name}: not a Parquet file (it does not begin with PAR1); set ingest.format")
+    if last != b"PAR1":
+        raise DataError(f"{name}: a truncated Parquet file (it does not end with PAR1); fetch it again")
+    try:
+        names = pyarrow.parquet.read_schema(path).names
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name}: a damaged Parquet file ({error}); fetch it again") from error
+    user, item, time = _find(name, names, columns, header=True)
+    return Table(name, path, "parquet", False, len(names), user, item, time)
+
+
+def _look(name: str, path: Path, form: str, columns: Columns) -> Table:
+    """Look at the first lines of a table of text: is it text, how is it parted, which columns has it."""
+    lines = _first_lines(name, path)
+    header = any(isinstance(column, str) for column in (columns.user, columns.item, columns.time))
+    names = _cut(lines[0], form)
+    if len(names) == 1:
+        raise DataError(_misparted(name, form, lines))
+    if header and len(lines) == 1:
+        raise DataError(f"{name}: there are no rows under the header")
+    user, item, time = _find(name, names, columns, header)
+    return Table(name, path, form, header, len(names), user, item, time)
+
+
+def _cut(line: str, form: str) -> list[str]:
+    return line.split() if form == "text" else next(csv.reader([line], delimiter=DELIMITERS[form]))
+
+
+def _first_lines(name: str, path: Path) -> list[str]:
+    import fsspec
+
+    try:
+        with fsspec.open(str(path.resolve()), "rb", compression="infer") as stream:
+            head = stream.read(HEAD)
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{name}: cannot be read: {error}") from error
+    if b"\0" in head:
+        raise DataError(f"{name}: a binary file, not a table of text; set ingest.format, or give another source")
+    try:
+        text = head.decode("utf-8-sig") if len(head) < HEAD else head.decode("utf-8-sig", "ignore")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not UTF-8 text (byte {error.start}); convert it, as with iconv") from error
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise DataError(f"{name}: the file holds nothing but blanks")
+    return lines
+
+
+def _misparted(name: str, form: str, lines: list[str]) -> str:
+    """Say which delimiter would part the first lines alike."""
+    asked = NAMES[DELIMITERS[form]]
+    for delimiter, spoken in NAMES.items():
+        counts = {line.count(delimiter) for line in lines[:20]}
+        if delimiter != DELIMITERS[form] and len(counts) == 1 and counts != {0}:
+            return (
+                f"{name}: one column only when parted by {asked}; {spoken} seem right: set ingest.format or convert it"
+            )
+    return f"{name}: one column only when parted by {asked}; a user and an item are needed in every row"
+
+
+def _find(name: str, names: list[str], columns: Columns, header: bool) -> tuple[int, int, int | None]:
+    """Positions of the three columns."""
+
+    def position(key: str, wanted: str | int) -> int:
+        if isinstance(wanted, str) and wanted in names:
+            return names.index(wanted)
+        if isinstance(wanted, int) and 0 <= wanted < len(names):
+            return wanted
+        there = ", ".join(names) if header else f"positions 0 to {len(names) - 1}"
+        raise DataError(f"{name}: no column {wanted!r}; there are: {there}; set ingest.columns.{key}")
+
+    user, item = position("user", columns.user), position("item", columns.item)
+    return user, item, None if columns.time is None else position("time", columns.time)
+
+
+def explain(table: Table, error: Exception) -> SlipwayError:
+    """Turn what DuckDB says of a bad row into one line that names the source and the row."""
+    text = str(error)
+    line = re.search(r"Line: (\d+)", text)
+    fields = re.search(r"Expected Number of Columns: (\d+) Found: (\d+)", text)
+    if line and fields:
+        return DataError(f"{table.name}: row {line[1]} holds {fields[2]} fields, not {fields[1]}")
+    if line:
+        what = next((w for w in ("not utf-8", "unterminated quote") if w in text), text.splitlines()[0])
+        return DataError(f"{table.name}: row {line[1]}: {what}; mend the row or leave it out")
+    return DataError(f"{table.name}: {text.removeprefix('Invalid Input Error: ').splitlines()[0]}")

@@ -1,0 +1,26 @@
+"""Read the source into columnar, sorted, memory-mappable sequences.
+
+Reads   ingest.source: a path or URL of a table of events, or `imports`, the embedded data set
+Writes  data/ingest (whole or absent), reports/ingest.json
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slipway import artifacts
+from slipway.config import Params
+from slipway.stage import Report, main
+from slipway.workloads import base
+
+DATA = Path("data/ingest")
+
+
+def run(params: Params, report: Report) -> None:
+    """Let the workload ingest its source."""
+    with artifacts.writing(DATA) as folder:
+        base.part(params.workload, "ingest").ingest(params, folder, report)
+
+
+if __name__ == "__main__":
+    main(run)
