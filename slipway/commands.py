@@ -109,12 +109,12 @@ class Command:
 
     def message(self, outcome: Outcome) -> str:
         """Say in one line why the stage failed: what its report tells, else the last line that it printed."""
+        if outcome.code < 0:
+            return f"{self._stage}: ended by {signal.Signals(-outcome.code).name}"
         with suppress(DataError):
             report = artifacts.read_json(self._folder / "reports" / f"{self._stage}.json")
             if report.get("status") == "failed" and outcome.ran:
                 return f"{self._stage}: {report.get('error')}"
-        if outcome.code < 0:
-            return f"{self._stage}: ended by {signal.Signals(-outcome.code).name}"
         last = next((line for line in reversed(outcome.tail) if line.strip()), "it printed nothing")
         return f"{self._stage}: exit code {outcome.code}: {last}"
 
