@@ -63,7 +63,8 @@ function M.assign()
             return refuse(404, "this version is neither the champion nor the canary")
         end
     else
-        track = track_of(now, ngx.var.http_x_user or ngx.var.request_id)
+        local user = ngx.var.http_x_user
+        track = track_of(now, user and user ~= "" and user or ngx.var.request_id)
     end
     if not track then
         return refuse(503, "no version is served yet: release one first")
@@ -125,11 +126,18 @@ local function outcome_of(code)
     return (code == 500 or code == 502 or code == 503) and "error" or "ok"
 end
 
+-- What tries tell of a version. Feedback goes to any replica and hangs on Redis, so it tells nothing.
+local function count_try(class, version, outcome)
+    if class ~= "feedback" then
+        metrics.attempt(version, outcome)
+    end
+end
+
 -- A try failed; 502 and 504 are nginx's own words for a broken or silent connection.
 local function settle_failed(way)
     local _, code = balancer.get_last_failure()
     health.count(way.address, -1)
-    metrics.attempt(way.serving, code == 504 and "timeout" or "error")
+    count_try(way.class, way.serving, code == 504 and "timeout" or "error")
     if code == 502 or code == 504 then
         health.failed(way.address)
     end
@@ -140,7 +148,7 @@ function M.balance()
     if way.address then
         settle_failed(way)
     elseif all_down(way.now.versions[way.version]) then
-        metrics.attempt(way.version, "error") -- nobody could even be asked
+        count_try(way.class, way.version, "error") -- nobody could even be asked
     end
     local address, version = choose(way)
     if not address and not way.address then
@@ -178,7 +186,7 @@ function M.log()
     if address ~= "" then
         health.count(address, -1)
         local outcome = outcome_of(code)
-        metrics.attempt(version, outcome)
+        count_try(ngx.var.slipway_class, version, outcome)
         if outcome == "timeout" then
             health.failed(address)
         end
