@@ -1,4 +1,4 @@
-"""DuckDB as `ingest` uses it: on disk beside the output, in bounded memory, with progress and errors that name a row."""
+"""DuckDB as `ingest` uses it: on disk beside the output, in bounded memory, with progress and errors that name rows."""
 
 from __future__ import annotations
 

@@ -42,9 +42,8 @@ def write(distributions: Sequence[str], path: Path) -> None:
     for file, modules in mine(distributions):
         users += [file] * len(modules)
         items += modules
-    pyarrow.parquet.write_table(
-        pa.table({"user": users, "item": items}, {"user": pa.string(), "item": pa.string()}), path
-    )
+    schema = pa.schema({"user": pa.string(), "item": pa.string()})
+    pyarrow.parquet.write_table(pa.table({"user": users, "item": items}, schema), path)
 
 
 def mine(distributions: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
