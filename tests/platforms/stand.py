@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +61,23 @@ def publish(version: str, seed: int | None = None) -> Path:
         checksums = {"content": artifacts.sha256(place / "package"), "replay": artifacts.sha256(place / "replay.jsonl")}
         artifacts.write_json(place / "version.json", checksums)
     return place
+
+
+def counters(params: Params, name: str, before: Counter[str] | None = None, total: int = 0) -> Counter[str]:
+    """Read a family of the gateway's counters by its labels, less those of `before`.
+
+    A request is counted just after its answer: wait a moment until the sum is `total` or more.
+    """
+    deadline = time.monotonic() + 3
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{params.stack.metrics_port}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if line.startswith(name))
+        found = Counter({series.removeprefix(name): round(float(value)) for series, value in pairs})
+        found -= before or Counter()
+        if sum(found.values()) >= total or time.monotonic() > deadline:
+            return found
+        time.sleep(0.02)
 
 
 @dataclass(frozen=True)

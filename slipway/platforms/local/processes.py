@@ -13,7 +13,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,15 +69,18 @@ def is_free(port: int) -> bool:
 
 def holder(port: int) -> str:
     """Say which process listens on a port: pid and command line, as far as this user may see."""
-    inodes = set(_listeners(port))
+    sockets = {f"socket:[{inode}]" for inode in _listeners(port)}
     for pid in _pids():
-        try:
-            links = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
-        except OSError:
-            continue
-        if any(link == f"socket:[{inode}]" for link in links for inode in inodes):
+        if any(target in sockets for target in _open_files(pid)):
             return f"pid {pid} ({command_line(pid)})"
     return "a process of another user"
+
+
+def _open_files(pid: int) -> Iterator[str]:
+    with suppress(OSError):  # it ended, or belongs to another user
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):  # closed meanwhile
+                yield str(link.readlink())
 
 
 def _listeners(port: int) -> Iterator[str]:
@@ -155,12 +158,10 @@ def _opened(stack: ExitStack, wanted: Callable[[int], bool]) -> dict[int, int]:
 
 
 def _send(descriptor: int, number: signal.Signals) -> None:
-    try:
+    with suppress(ProcessLookupError):
         if number == signal.SIGTERM:
             signal.pidfd_send_signal(descriptor, signal.SIGCONT)  # a stopped process could not hear it
         signal.pidfd_send_signal(descriptor, number)
-    except ProcessLookupError:
-        pass
 
 
 def log_end(path: Path, lines: int) -> str:

@@ -138,7 +138,7 @@ def _mlflow(layout: Layout, python: str, params: Params) -> Service:
         f"{folder}/artifacts",
     ]
     program = Program("mlflow", command, folder, {"MLFLOW_DISABLE_TELEMETRY": "true"})
-    return _web(program, port, "stack.mlflow_port", "/health", start_s=180)
+    return _web(program, port, "stack.mlflow_port", "/health", start_s=300)
 
 
 def _airflow(layout: Layout, checkout: Path, python: str, params: Params) -> list[Service]:
@@ -154,7 +154,7 @@ def _airflow(layout: Layout, checkout: Path, python: str, params: Params) -> lis
                 f"http://{HOST}:{port}" if serves else "",
                 partial(airflow.healthy, f"http://{HOST}:{port}", part),
                 {"stack.airflow_port": port} if serves else {},
-                start_s=240,
+                start_s=300,
             )
         )
     return services

@@ -212,8 +212,8 @@ class Row:
 
     @property
     def well(self) -> bool:
-        """It runs."""
-        return self.state == "RUNNING"
+        """It runs; supervisord says STARTING in its first second."""
+        return self.state in {"STARTING", "RUNNING"}
 
 
 def status(params: Params) -> list[Row]:

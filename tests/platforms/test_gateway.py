@@ -1,0 +1,192 @@
+"""The gateway alone: real nginx, small backends that answer what a test wants."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from slipway import config
+from slipway.config import Params
+from slipway.errors import PlatformError
+from slipway.platforms.local import gateway, stack
+from slipway.platforms.local.layout import Layout
+from tests.conftest import free_port, needs
+from tests.platforms import stand
+
+pytestmark = needs("nginx")
+ATTEMPTS = "slipway_gateway_attempts_total"
+
+
+@dataclass
+class Backend:
+    """A replica that is well and answers every request with one status."""
+
+    status: int
+    asked: int = 0
+    port: int = field(default_factory=free_port)
+
+    def handler(self) -> type[BaseHTTPRequestHandler]:
+        backend = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self.answer(200)
+
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                backend.asked += 1
+                self.answer(backend.status)
+
+            def answer(self, status: int) -> None:
+                body = json.dumps({"port": backend.port}).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Handler
+
+
+@pytest.fixture(scope="module")
+def params(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Params]:
+    chosen = stand.params()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLIPWAY_HOME", str(tmp_path_factory.mktemp("home")))
+        stack.up(chosen, ["gateway"], lambda _: None)
+        yield chosen
+        stack.down()
+
+
+class Quiet(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A connection that the gateway closed is no news."""
+
+
+@dataclass
+class Service:
+    """The gateway with a champion `1` and a canary `2` that everybody is on."""
+
+    url: str
+    servers: list[ThreadingHTTPServer] = field(default_factory=list)
+
+    def route(self, layout: Layout, champion: list[Backend], canary: list[Backend]) -> None:
+        for backend in champion + canary:
+            if backend.status:
+                server = Quiet(("127.0.0.1", backend.port), backend.handler())
+                threading.Thread(target=server.serve_forever, daemon=True).start()
+                self.servers.append(server)
+        deployments = {
+            version: {
+                "workload": "ranker",
+                "replicas": [{"name": "r", "port": b.port, "serving": True} for b in backends],
+            }
+            for version, backends in (("1", champion), ("2", canary))
+        }
+        routing = {"champion": "1" if champion else None, "canary": "2" if canary else None, "canary_weight": 1.0}
+        gateway.put(layout, {"routing": routing, "deployments": deployments})
+
+    def ask(self, path: str = "/v1/recommend") -> tuple[int, str | None, Any]:
+        try:
+            with urllib.request.urlopen(self.url + path, b"{}") as answer:
+                return answer.status, answer.headers["X-Slipway-Version"], json.load(answer)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.headers["X-Slipway-Version"], json.load(error)
+
+
+@pytest.fixture
+def service(params: Params) -> Iterator[Service]:
+    service = Service(f"http://127.0.0.1:{params.stack.gateway_port}")
+    yield service
+    for server in service.servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def layout(params: Params) -> Layout:
+    return Layout(config.home())
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 504])
+def test_a_canary_that_fails_is_healed_by_the_champion_and_counted(
+    service: Service, layout: Layout, params: Params, status: int
+) -> None:
+    champion, canary = Backend(200), [Backend(status), Backend(status)]
+    service.route(layout, [champion], canary)
+    before = stand.counters(params, ATTEMPTS)
+    answers = [service.ask() for _ in range(6)]
+    new = stand.counters(params, ATTEMPTS, before, 8)
+    assert [(code, version) for code, version, _ in answers] == [(200, "1")] * 6
+    assert new['{version="1",outcome="ok"}'] == 6
+    assert new['{version="2",outcome="error"}'] + new['{version="2",outcome="timeout"}'] >= 2
+
+
+@pytest.mark.parametrize("status", [400, 404, 413, 429])
+def test_what_the_client_did_wrong_is_tried_once(service: Service, layout: Layout, status: int) -> None:
+    champion, canary = Backend(200), Backend(status)
+    service.route(layout, [champion], [canary])
+    assert service.ask()[:2] == (status, "2")
+    assert (champion.asked, canary.asked) == (0, 1)
+
+
+def test_when_all_fail_the_client_gets_the_last_failure_as_json(service: Service, layout: Layout) -> None:
+    service.route(layout, [Backend(500)], [Backend(500)])
+    assert service.ask()[0] == 500
+    service.route(layout, [Backend(0)], [])  # nobody listens there
+    code, _, answer = service.ask()
+    assert code == 502
+    assert "every replica that was tried failed" in answer["error"]
+
+
+def test_a_version_without_replicas_is_healed_by_the_champion_and_counted(
+    service: Service, layout: Layout, params: Params
+) -> None:
+    service.route(layout, [Backend(200)], [Backend(0)])
+    before = stand.counters(params, ATTEMPTS)
+    assert [service.ask()[:2] for _ in range(5)] == [(200, "1")] * 5
+    new = stand.counters(params, ATTEMPTS, before, 6)
+    assert new['{version="2",outcome="error"}'] >= 1
+
+
+def test_feedback_goes_to_the_champion_and_a_named_version_to_itself(service: Service, layout: Layout) -> None:
+    service.route(layout, [Backend(200)], [Backend(200)])
+    assert service.ask()[1] == "2"
+    assert service.ask("/v1/feedback")[1] == "1"
+    assert service.ask("/v2/models/ranker/versions/1/infer")[1] == "1"
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"routing": {"champion": None, "canary": None, "canary_weight": 1.5}, "deployments": {}},
+        {"routing": {"champion": None, "canary": None, "canary_weight": 0}, "deployments": {"1": 3}},
+        {"deployments": {}},
+        [],
+    ],
+)
+def test_a_document_that_makes_no_sense_is_refused_and_the_old_one_stays(
+    service: Service, layout: Layout, document: Any
+) -> None:
+    service.route(layout, [Backend(200)], [])
+    with pytest.raises(PlatformError, match="the gateway refuses the state"):
+        gateway.put(layout, document)
+    assert service.ask()[:2] == (200, "1")
+
+
+def test_without_a_champion_everybody_gets_the_canary(service: Service, layout: Layout) -> None:
+    service.route(layout, [], [Backend(200)])
+    assert service.ask()[:2] == (200, "2")
