@@ -93,6 +93,10 @@ class Airflow:
                 return
             time.sleep(every_s)
 
+    def page(self, snapshot: Snapshot) -> str:
+        """Address of a run in the web UI."""
+        return f"{self.url}/dags/{snapshot.dag}/runs/{urllib.parse.quote(snapshot.run)}"
+
     def _order(self, dag: str) -> list[str]:
         tasks = self._call("GET", f"/api/v2/dags/{dag}/tasks")["tasks"]
         graph: dict[str, set[str]] = {task["task_id"]: set() for task in tasks}
