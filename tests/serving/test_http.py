@@ -227,3 +227,28 @@ def test_a_port_in_use_is_named() -> None:
                 await HttpServer(echo, refuse, 1000).listen(port)
 
     asyncio.run(twice())
+
+
+def test_a_client_that_hangs_up_withdraws_its_request() -> None:
+    async def exchange() -> None:
+        begun, withdrawn = asyncio.Event(), asyncio.Event()
+
+        async def never(request: Request) -> Response:
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                withdrawn.set()
+                raise
+            raise AssertionError("nobody sets the event")
+
+        server, port = HttpServer(never, refuse, 1000), free_port()
+        await server.listen(port)
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+        await asyncio.wait_for(begun.wait(), 5)
+        writer.close()
+        await asyncio.wait_for(withdrawn.wait(), 5)
+        await server.drain(0, 1)
+
+    asyncio.run(exchange())

@@ -218,3 +218,18 @@ def test_a_killed_replica_comes_up_again_on_its_port(start: Start) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", replica.port))
+
+
+def test_more_requests_than_may_wait_are_sent_away_and_the_others_served(start: Start) -> None:
+    replica = start(SLIPWAY_SERVE=json.dumps({"max_queue": 2, "max_batch": 1}))
+    replica.wait_until_ready()
+    head = f"POST /v1/recommend HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Length: {len(BODY)}\r\n\r\n"
+    clients = [socket.create_connection(("127.0.0.1", replica.port), timeout=10) for _ in range(60)]
+    for client in clients:
+        client.sendall(head.encode() + BODY)
+    statuses = []
+    for client in clients:
+        with client:
+            statuses.append(client.recv(65_536).split()[1])
+    assert set(statuses) == {b"200", b"429"}
+    assert replica.metric('slipway_requests_total{code="429",endpoint="recommend"}') == statuses.count(b"429")
