@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from typing import TYPE_CHECKING, Any
+import warnings
+from typing import Any
+
+import torch
 
 from slipway.config import TrainParams
 
-if TYPE_CHECKING:
-    import torch
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+_blocked = sys.modules.setdefault("mlflow", None) is None  # type: ignore[arg-type]
+import deepspeed  # noqa: E402  # its auto-tuner imports MLflow, 6 s of it, for a feature that is not used: hence above
+
+if _blocked:
+    del sys.modules["mlflow"]
 
 CLIP = 1.0  # largest norm of the gradient
 
@@ -24,12 +32,8 @@ def make(model: torch.nn.Module, train: TrainParams, rank: int, world_size: int,
         world_size: number of processes.
         meeting: URL through which the processes find one another.
     """
-    import torch
-
-    # DeepSpeed's auto-tuner imports MLflow, six seconds of it, for a feature that is not used here.
-    sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]  # None is how an import is refused
-    import deepspeed
-
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's own calls
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Without this DeepSpeed compiles an all-reduce over shared memory (90 s) that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from slipway import artifacts, progress
 from slipway.config import Section, TrainParams
 from slipway.errors import CheckpointError, SlipwayError
-from slipway.training import checkpoints, engine, processes
+from slipway.training import checkpoints, processes
 from slipway.workloads.base import Task, Tensors, part
 
 if TYPE_CHECKING:
@@ -125,8 +124,9 @@ class _Loop:
     def __init__(self, rank: int, world_size: int, meeting: str, job: Job) -> None:
         import torch
 
+        from slipway.training import engine
+
         self.rank, self.world_size, self.job, self.torch = rank, world_size, job, torch
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         torch.manual_seed(job.train.seed)
         self.task: Task = part(job.workload, "training").TASK(job.data, job.train, job.model)
         self.engine = engine.make(self.task.model(), job.train, rank, world_size, meeting)

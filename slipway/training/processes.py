@@ -1,7 +1,8 @@
 """Training processes of this machine: started together, ended together; the first error is the one that is told.
 
 A process that dies, by an exception or by a signal, ends the others. If the caller itself is killed, the kernel ends
-the processes. They meet through a file and talk over the loopback interface.
+the processes. They meet through a file and talk over the loopback interface. They are forked from a server that has
+imported torch and DeepSpeed once, which costs more than a small model's training.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from slipway.errors import SlipwayError, TransientError
 
+HEAVY = "slipway.training.engine"  # what the server imports
 PR_SET_PDEATHSIG = 1
 GRACE_S = 5.0
 
@@ -36,14 +38,15 @@ def run(world_size: int, work: Callable[..., Any], *arguments: Any) -> Any:
         TransientError: a process was killed.
         RuntimeError: a process failed with any other exception; the message is its traceback.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([HEAVY])
     with tempfile.TemporaryDirectory(prefix="slipway-train-") as folder:
         meeting = (Path(folder) / "meeting").as_uri()
-        ranks: dict[Connection, SpawnProcess] = {}
+        ranks: dict[Connection, ForkServerProcess] = {}
         try:
             for rank in range(world_size):
                 receiver, sender = context.Pipe(duplex=False)
-                target = (sender, os.getpid(), work, rank, world_size, meeting, *arguments)
+                target = (sender, work, rank, world_size, meeting, *arguments)
                 process = context.Process(target=_main, args=target, name=f"rank {rank}")
                 process.start()
                 sender.close()  # the process holds the only other end: its death is the end of the stream
@@ -53,7 +56,7 @@ def run(world_size: int, work: Callable[..., Any], *arguments: Any) -> Any:
             _end(list(ranks.values()))
 
 
-def _gather(ranks: dict[Connection, SpawnProcess]) -> Any:
+def _gather(ranks: dict[Connection, ForkServerProcess]) -> Any:
     answers: dict[str, Any] = {}
     waiting = list(ranks)
     while waiting:
@@ -82,7 +85,7 @@ def _cause(code: int | None) -> str:
     return f"exit code {code}"
 
 
-def _end(processes: list[SpawnProcess]) -> None:
+def _end(processes: list[ForkServerProcess]) -> None:
     for process in processes:
         process.join(0 if process.exitcode is None and sys.exc_info()[0] else GRACE_S)
         if process.is_alive():
@@ -93,21 +96,13 @@ def _end(processes: list[SpawnProcess]) -> None:
             process.join()
 
 
-def _main(
-    sender: Connection, parent: int, work: Callable[..., Any], rank: int, world: int, meeting: str, *rest: Any
-) -> None:
+def _main(sender: Connection, work: Callable[..., Any], rank: int, world: int, meeting: str, *rest: Any) -> None:
     """Live and die as one rank."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the caller died before the line above
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # of the server, which ends with the caller
+    caller = multiprocessing.parent_process()
+    if caller is None or not caller.is_alive():  # it died before the line above
         os._exit(1)
-    threads = max(1, len(os.sched_getaffinity(0)) // world)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        OMP_NUM_THREADS=str(threads),
-        GLOO_SOCKET_IFNAME="lo",
-    )
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo")
     logging.basicConfig(level="INFO" if rank == 0 else "ERROR", format="%(levelname)s %(name)s: %(message)s")
     try:
         sender.send((False, work(rank, world, meeting, *rest)))

@@ -1,0 +1,118 @@
+"""The training loop: it learns, and a killed run ends with the same weights as one that was left alone."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slipway.config import TrainParams
+from slipway.errors import SlipwayError, TransientError
+from slipway.training import checkpoints, loop, processes
+from slipway.workloads.ranker.params import RankerParams
+from tests.ranker import data
+
+MODEL = RankerParams(width=16, blocks=1, max_length=8, dropout=0.2, negatives=16)
+
+
+def job(folder: Path, **turned: object) -> loop.Job:
+    train = TrainParams.model_validate(
+        {"epochs": 4, "batch_size": 16, "learning_rate": 0.01, "world_size": 2, "checkpoint_every_s": 0.001, **turned}
+    )
+    ingested = data.write(folder / "data", data.steps(users=400, items=30))
+    return loop.Job("ranker", ingested, train, MODEL, folder / "checkpoints", folder / "out")
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    with np.load(folder / loop.WEIGHTS, allow_pickle=False) as stored:
+        return {name: stored[name].tobytes() for name in stored.files}
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_ends_bit_for_bit_like_one_that_was_not(tmp_path: Path) -> None:
+    whole = job(tmp_path / "whole")
+    state = loop.train(whole)
+    assert state.curve[-1].metric > 2 * state.curve[0].metric or state.curve[-1].metric > 0.5, state.curve
+
+    killed = replace(whole, checkpoints=tmp_path / "killed", out=tmp_path / "out")
+    stage = multiprocessing.get_context("spawn").Process(target=loop.train, args=(killed,))
+    stage.start()
+    deadline = time.monotonic() + 90
+    while len(list(killed.checkpoints.glob("step-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(stage.pid or 0, signal.SIGKILL)
+    stage.join()
+    resumed = checkpoints.newest(killed.checkpoints)
+    assert resumed is not None, "no checkpoint was written before the kill"
+    assert not (killed.out / loop.MODEL).exists()
+    again = loop.train(killed)
+
+    assert [(p.loss, p.metric) for p in again.curve] == [(p.loss, p.metric) for p in state.curve]
+    assert weights(killed.out) == weights(whole.out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "bf16"), (2, "fp32")])
+def test_other_zero_stages_and_precisions_learn_too(tmp_path: Path, zero_stage: int, precision: str) -> None:
+    state = loop.train(job(tmp_path, zero_stage=zero_stage, precision=precision, checkpoint_every_s=60.0))
+    assert state.best.metric > 0.3, state.curve
+
+
+def test_the_learning_rate_rises_then_falls() -> None:
+    rates = [loop.learning_rate(1.0, step, 100) for step in range(100)]
+    assert rates[4] == 1.0
+    assert rates[:5] == sorted(rates[:5])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert 0 < rates[-1] < 0.03
+
+
+def test_a_checkpoint_that_is_torn_is_not_used_and_the_one_before_is(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoints.write(tmp_path, step, True, _fill, lambda: None)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
+    (tmp_path / "step-00000003" / "a").write_bytes(b"torn")
+    assert checkpoints.newest(tmp_path) == tmp_path / "step-00000002"
+    (tmp_path / "step-00000002" / "manifest.json").unlink()
+    assert checkpoints.newest(tmp_path) is None
+
+
+def test_a_run_has_another_name_when_data_or_parameters_change(tmp_path: Path) -> None:
+    one = job(tmp_path)
+    name = loop.key("ranker", one.data, one.train, one.model)
+    assert name == loop.key("ranker", one.data, one.train, one.model)
+    assert name != loop.key("ranker", one.data, one.train.model_copy(update={"seed": 9}), one.model)
+    (one.data / "items.npy").write_bytes(b"")
+    assert name != loop.key("ranker", one.data, one.train, one.model)
+
+
+def _fill(folder: Path) -> None:
+    (folder / "a").write_bytes(b"whole")
+
+
+def _die(rank: int, world_size: int, meeting: str) -> str:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+    return "never"
+
+
+def _fail(rank: int, world_size: int, meeting: str) -> str:
+    if rank == 1:
+        raise SlipwayError("training: rank 1 is at fault")
+    time.sleep(60)
+    return "never"
+
+
+def test_a_killed_rank_ends_the_others_and_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    began = time.monotonic()
+    with pytest.raises(TransientError, match="rank 1 ended with SIGKILL"):
+        processes.run(2, _die)
+    with pytest.raises(SlipwayError, match="rank 1 is at fault"):
+        processes.run(2, _fail)
+    assert time.monotonic() - began < 20
