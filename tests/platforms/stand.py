@@ -92,7 +92,7 @@ class Here:
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
     """Redis, gateway and Prometheus in a home of the module's own."""
-    home, chosen = tmp_path_factory.mktemp("home"), params()
+    home, chosen = tmp_path_factory.mktemp("a home"), params()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLIPWAY_HOME", str(home))
         stack.up(chosen, SERVICE, tell=lambda _: None)

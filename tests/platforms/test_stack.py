@@ -55,17 +55,16 @@ def test_a_power_cut_loses_neither_replicas_nor_routing_and_down_leaves_nothing(
     params = stand.params()
     stack.up(params, stand.SERVICE, silent)
     platform = LocalPlatform(params)
-    for version in "12":
-        stand.publish(version)
-        platform.deploy("ranker", version, 1, timeout_s=60)
-    platform.route(Routing("1", "2", 0.25))
+    stand.publish("1")
+    platform.deploy("ranker", "1", 2, timeout_s=60)
+    platform.route(Routing("1"))
 
     for pid in processes.own(home, stack.session(Layout(home))):
         os.kill(pid, signal.SIGKILL)
     stack.up(params, stand.SERVICE, silent)
-    assert platform.status().routing == Routing("1", "2", 0.25)
-    assert gateway.state(Layout(home))["canary_weight"] == 0.25
-    assert {v: [r.ready for r in rs] for v, rs in platform.status().replicas.items()} == {"1": [True], "2": [True]}
+    assert platform.status().routing == Routing("1")
+    assert gateway.state(Layout(home))["champion"] == "1"
+    assert [replica.ready for replica in platform.status().replicas["1"]] == [True, True]
 
     os.kill(stack.session(Layout(home)).leader, signal.SIGKILL)  # type: ignore[union-attr]  # it is up
     stack.up(params, ["redis"], silent)  # what the killed supervisord left is ended first

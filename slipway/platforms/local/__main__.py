@@ -8,7 +8,8 @@ from pathlib import Path
 
 from slipway import config
 from slipway.errors import SlipwayError
-from slipway.platforms.local import stack, system
+from slipway.platforms.local import airflow, stack, system
+from slipway.platforms.local.layout import here
 
 
 def main() -> int:
@@ -35,12 +36,19 @@ def _do(options: argparse.Namespace) -> int:
     if options.command == "setup":
         system.install()
     elif options.command == "up":
-        stack.up(config.load(options.params), [name for name in options.only.split(",") if name])
+        _up(config.load(options.params), [name for name in options.only.split(",") if name])
     elif options.command == "down":
         stack.down()
     else:
         return _show(stack.status(config.load(options.params)))
     return 0
+
+
+def _up(params: config.Params, only: list[str]) -> None:
+    stack.up(params, only)
+    if not only or "airflow" in only:
+        secret = airflow.password_file(here().folder("airflow"))
+        print(f"Airflow: http://127.0.0.1:{params.stack.airflow_port}, user {airflow.USER}, password in {secret}")
 
 
 def _show(rows: list[stack.Row]) -> int:

@@ -21,6 +21,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +37,7 @@ from slipway.platforms.local.supervisor import Program, Supervisor
 
 _LOG_LINES = 15
 _POLL_S = 0.05
+_PROBE_TIMEOUT_S = 1.0
 _NAME = re.compile(r"[A-Za-z0-9_.]+")
 
 Document = dict[str, Any]
@@ -136,9 +138,12 @@ class LocalPlatform:
     def status(self) -> Status:
         """What runs now: the routing on record, and every replica with its readiness at this moment."""
         document = self._load()
+        ports = [replica["port"] for d in document["deployments"].values() for replica in d["replicas"]]
+        with ThreadPoolExecutor(max(len(ports), 1)) as pool:  # a stalled replica takes its time, so ask all at once
+            ready = dict(zip(ports, pool.map(_ready, ports), strict=True))
         replicas = {
             version: tuple(
-                Replica(r["name"], version, f"{programs.HOST}:{r['port']}", ready=_ready(r["port"]))
+                Replica(r["name"], version, f"{programs.HOST}:{r['port']}", ready[r["port"]])
                 for r in deployment["replicas"]
             )
             for version, deployment in document["deployments"].items()
@@ -267,4 +272,4 @@ class LocalPlatform:
 
 
 def _ready(port: int) -> bool:
-    return programs.answers(f"http://{programs.HOST}:{port}/v2/health/ready")
+    return programs.answers(f"http://{programs.HOST}:{port}/v2/health/ready", _PROBE_TIMEOUT_S)

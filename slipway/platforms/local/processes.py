@@ -144,16 +144,12 @@ def end(home: Path, session: Session | None, grace_s: float) -> int:
 
 def _opened(stack: ExitStack, wanted: Callable[[int], bool]) -> dict[int, int]:
     opened = {}
-    for pid in _pids():
-        if pid == os.getpid():
-            continue
-        try:
+    for pid in (pid for pid in _pids() if pid != os.getpid() and wanted(pid)):
+        with suppress(OSError):
             descriptor = os.pidfd_open(pid)
-        except OSError:
-            continue
-        stack.callback(os.close, descriptor)
-        if wanted(pid):
-            opened[pid] = descriptor
+            stack.callback(os.close, descriptor)
+            if wanted(pid):  # still: what is open now is what was looked at
+                opened[pid] = descriptor
     return opened
 
 

@@ -165,10 +165,10 @@ def _web(program: Program, port: int, key: str, path: str, start_s: float = 20.0
     return Service(program, url, lambda: answers(url + path), {key: port}, start_s)
 
 
-def answers(url: str) -> bool:
+def answers(url: str, timeout_s: float = _HEALTH_TIMEOUT_S) -> bool:
     """Whether a URL gives status 200 now."""
     try:
-        with urllib.request.urlopen(url, timeout=_HEALTH_TIMEOUT_S) as response:
+        with urllib.request.urlopen(url, timeout=timeout_s) as response:
             return bool(response.status == 200)
     except (OSError, ValueError):  # URLError and HTTPError are OSErrors; ValueError: not HTTP
         return False

@@ -46,7 +46,6 @@ class Program:
             "startretries=1000",
             f"stopsignal={self.stop_signal}",
             f"stopwaitsecs={int(self.stop_wait_s) + 1}",
-            "stopasgroup=false",
             "killasgroup=true",
             "redirect_stderr=true",
             f"stdout_logfile={_escape(str(layout.log(self.name)))}",
@@ -78,7 +77,7 @@ class Process:
 
 
 def configuration(layout: Layout, programs: Iterable[Program]) -> str:
-    """Write supervisord's configuration; replicas are included from their own files."""
+    """Write supervisord's configuration, a file beside the folder of the replicas, which are included."""
     head = f"""[supervisord]
 pidfile={_escape(str(layout.run / "supervisord.pid"))}
 logfile={_escape(str(layout.log("supervisord")))}
@@ -96,7 +95,7 @@ chmod=0600
 supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
 
 [include]
-files={_escape(str(layout.replicas))}/*.conf
+files={layout.replicas.name}/*.conf
 
 """
     return head + "\n".join(program.section(layout) for program in programs)
@@ -144,11 +143,14 @@ class Supervisor:
         with (self._layout.run / "supervisor.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             added, changed, removed = self._call("reloadConfig")[0]
+            alive = [name for name, process in self.processes().items() if process.alive]
             for name in [*changed, *removed]:
                 self.stop([name], 30.0)
                 self._call("removeProcessGroup", name)
             for name in [*changed, *added]:
                 self._call("addProcessGroup", name)
+                if name in alive:
+                    self.start(name)
 
     def start(self, name: str) -> None:
         """Begin to start a program; it may be running already."""

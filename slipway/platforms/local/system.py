@@ -7,7 +7,6 @@ asks, `policy-rc.d`), and what apt enabled for the next boot is disabled again.
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import signal
@@ -21,8 +20,6 @@ from types import FrameType
 from slipway.errors import StackError
 from slipway.platforms.local.gateway import MODULES
 from slipway.platforms.local.programs import find
-
-logger = logging.getLogger(__name__)
 
 POLICY = Path("/usr/sbin/policy-rc.d")
 _MARK = "# slipway: while packages are installed"
@@ -57,9 +54,9 @@ PACKAGES = (
 )
 
 
-def missing() -> list[Package]:
+def missing(wanted: Sequence[Package] = PACKAGES) -> list[Package]:
     """List the packages that are not here."""
-    return [package for package in PACKAGES if not package.is_here()]
+    return [package for package in wanted if not package.is_here()]
 
 
 def require() -> None:
@@ -72,21 +69,21 @@ def require() -> None:
         raise StackError(f"not installed: {_names(packages)}; run `make setup`")
 
 
-def install() -> None:
+def install(wanted: Sequence[Package] = PACKAGES) -> None:
     """Install what is missing; nothing is asked, started, restarted or enabled.
 
     Raises:
         StackError: apt or the right to use it is missing, or apt failed; says what to install.
     """
     _restore()
-    packages = missing()
+    packages = missing(wanted)
     if not packages:
         return
     advice = f"install these packages, then go on: {_names(packages)}"
     if shutil.which("apt-get") is None:
         raise StackError(f"no apt-get on this machine: {advice}")
     root = _root(advice)
-    logger.info("installing %s", _names(packages))
+    print(f"installing {_names(packages)} (no service is started)", flush=True)
     apt = [*root, "env", "DEBIAN_FRONTEND=noninteractive", "NEEDRESTART_SUSPEND=1", "apt-get", "--quiet", "--quiet"]
     apt += ["-o", "DPkg::Lock::Timeout=120"]
     with _quiet_services(root):
@@ -95,7 +92,7 @@ def install() -> None:
     services = [package.service for package in packages if package.service]
     if services and shutil.which("systemctl"):
         subprocess.run([*root, "systemctl", "--quiet", "disable", *services], capture_output=True, check=False)
-    if still := missing():
+    if still := missing(wanted):
         raise StackError(f"apt-get is done, but still missing: {_names(still)}")
 
 
