@@ -1,4 +1,4 @@
-"""DuckDB as `ingest` uses it: on disk beside the output, in bounded memory, with progress and errors that name rows."""
+"""DuckDB as `ingest` uses it: in bounded memory, the rest on disk beside the output, with progress and errors that name rows."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def connect(work: Path, memory_mb: int, table: Table) -> Iterator[Database]:
     }
     try:
         with (
-            closing(duckdb.connect(str(work / "events.duckdb"), config=config)) as connection,
+            closing(duckdb.connect(":memory:", config=config)) as connection,
             Progress("ingest", None, "steps") as progress,
         ):
             connection.execute("SET TimeZone = 'UTC'")
