@@ -25,7 +25,7 @@ from typing import Any
 from slipway import config, locks
 from slipway.errors import RegistryError, TransientError
 
-TIMEOUT_S = 5.0
+PROBE_S, TIMEOUT_S = 5.0, 30.0  # a server that does not say within the first who it is, is passed by
 EXPERIMENT = "slipway"
 RUN_TAG = "slipway.run"
 
@@ -77,9 +77,9 @@ def _serves_home(uri: str) -> bool:
     if not uri.startswith("http://127.0.0.1:") or not file.exists():
         return False
     try:
-        with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True, timeout=TIMEOUT_S)) as database:
+        with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True, timeout=PROBE_S)) as database:
             row = database.execute("SELECT creation_time FROM experiments WHERE experiment_id = 0").fetchone()
-        theirs = Rest(uri).call("GET", "experiments/get", experiment_id="0")["experiment"]["creation_time"]
+        theirs = Rest(uri, PROBE_S).call("GET", "experiments/get", experiment_id="0")["experiment"]["creation_time"]
     except (sqlite3.Error, TransientError, StoreError, KeyError):
         return False
     return row is not None and int(row[0]) == int(theirs)
@@ -96,8 +96,8 @@ class StoreError(Exception):
 class Rest:
     """The few calls of a release, with MLflow's own names, over its REST interface."""
 
-    def __init__(self, uri: str) -> None:
-        self._uri = uri.rstrip("/")
+    def __init__(self, uri: str, timeout_s: float = TIMEOUT_S) -> None:
+        self._uri, self._timeout_s = uri.rstrip("/"), timeout_s
         # Loopback never goes through a proxy that the environment may name.
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
@@ -115,7 +115,7 @@ class Rest:
             body = json.dumps(fields).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method=method)
         try:
-            with self._open(request, timeout=TIMEOUT_S) as answer:
+            with self._open(request, timeout=self._timeout_s) as answer:
                 value: dict[str, Any] = json.loads(answer.read() or b"{}")
                 return value
         except urllib.error.HTTPError as error:

@@ -1,0 +1,242 @@
+"""The registry and the run record, on a real MLflow store and, for the light client, its real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from wsgiref.simple_server import make_server
+
+import numpy as np
+import pytest
+
+from slipway import artifacts, config, package, record, store, tracking
+from slipway.errors import GateError, ModelError, RegistryError
+from tasks import register as stage_register
+from tests.conftest import ROOT, free_port
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow.*"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:mlflow.*"),
+    pytest.mark.filterwarnings("ignore:starlette.middleware.wsgi is deprecated"),  # MLflow imports it
+    pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning"),  # MLflow's engines end with the process
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A state folder with a store of its own, for all tests of this file: laying one out takes MLflow long."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("home")
+        patch.setenv("SLIPWAY_HOME", str(folder))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.chdir(tmp_path_factory.mktemp("empty"))  # no params.yaml here, so the default port, which is not ours
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def run(home: Path) -> str:
+    return store.start("tests", {})
+
+
+def seal(folder: Path, weight: int) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "model.onnx").write_bytes(b"%d" % weight)
+    inputs = (package.TensorSpec("history", "int64", (None, None)),)
+    outputs = (package.TensorSpec("items", "int64", (None, 3)),)
+    package.seal(folder, "ranker", "int8", inputs, outputs, ({"history": np.zeros((1, 2))}, {"items": np.ones((1, 3))}))
+    return folder
+
+
+@pytest.fixture
+def replay(tmp_path: Path) -> Path:
+    path = tmp_path / "replay.jsonl"
+    path.write_text('{"user": "u"}\n')
+    return path
+
+
+def test_before_anything_is_registered_there_are_no_aliases_and_a_reference_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLIPWAY_HOME", str(tmp_path))
+    assert tracking.alias("ranker", "champion") is None
+    with pytest.raises(RegistryError, match="no version has the alias 'candidate'"):
+        tracking.resolve("ranker", "candidate")
+    with pytest.raises(RegistryError, match="dvc repro -s -f register"):
+        tracking.resolve("ranker", "3")
+    assert not (tmp_path / "mlflow").exists()
+
+
+def test_a_package_has_one_version_however_often_and_by_however_many_it_is_registered(
+    run: str, tmp_path: Path, replay: Path
+) -> None:
+    one, two = seal(tmp_path / "one", 1), seal(tmp_path / "two", 2)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda p: tracking.register("often", p, replay, run, {"git_commit": "abc"}), [one] * 4))
+    assert found == ["1"] * 4
+    assert tracking.register("often", two, replay, run, {}) == "2"
+    tags = tracking.tags("often", "1")
+    assert tags["git_commit"] == "abc"
+    assert tags["precision"] == "int8"
+    assert json.loads(tags["signature"])["inputs"][0]["name"] == "history"
+    assert (tracking.fetch("often", "2") / "package" / "model.onnx").read_bytes() == b"2"
+
+
+def test_aliases_move_and_are_removed_however_often(run: str, tmp_path: Path, replay: Path) -> None:
+    for weight in (1, 2):
+        tracking.register("named", seal(tmp_path / str(weight), weight), replay, run, {})
+    for _ in range(2):
+        tracking.set_alias("named", "champion", "1")
+    tracking.set_alias("named", "candidate", "1")
+    tracking.set_alias("named", "champion", "2")
+    assert tracking.resolve("named", "champion") == "2"
+    assert tracking.resolve("named", "candidate") == "1"
+    for _ in range(2):
+        tracking.set_alias("named", "candidate", None)
+    assert tracking.aliases("named") == {"champion": "2"}
+    with pytest.raises(RegistryError, match="version=9"):
+        tracking.set_alias("named", "champion", "9")
+    with pytest.raises(RegistryError, match=r"'previous' \(aliases: champion = 2\)"):
+        tracking.resolve("named", "previous")
+
+
+@pytest.mark.parametrize("torn", ["package/model.onnx", "replay.jsonl", "version.json"])
+def test_a_torn_copy_is_fetched_again(run: str, tmp_path: Path, replay: Path, torn: str) -> None:
+    version = tracking.register("torn", seal(tmp_path / "one", 1), replay, run, {})
+    copy = tracking.fetch("torn", version)
+    (copy / torn).write_bytes(b"torn")
+    assert tracking.fetch("torn", version) == copy
+    tracking.verify(copy)
+
+
+def test_a_version_that_is_corrupt_everywhere_is_refused_and_registering_it_again_mends_it(
+    run: str, tmp_path: Path, replay: Path
+) -> None:
+    sealed = seal(tmp_path / "one", 77)
+    version = tracking.register("lost", sealed, replay, run, {})
+    copy = tracking.fetch("lost", version)
+    for path in [*store.artifacts_of(run).rglob("model.onnx"), copy / "package" / "model.onnx"]:
+        if path.read_bytes() == b"77":
+            path.write_bytes(b"torn")
+    with pytest.raises(ModelError, match="both corrupt.*model.onnx"):
+        tracking.fetch("lost", version)
+    assert tracking.register("lost", sealed, replay, run, {}) == version
+    assert tracking.fetch("lost", version) == copy
+
+
+def test_a_copy_is_given_without_importing_mlflow(run: str, tmp_path: Path, replay: Path) -> None:
+    version = tracking.register("light", seal(tmp_path / "one", 1), replay, run, {})
+    code = (
+        "import sys; from slipway import tracking;"
+        f"tracking.fetch('light', tracking.resolve('light', '{version}')); sys.exit('mlflow' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def workspace(folder: Path, reports: dict[str, dict[str, Any]]) -> Path:
+    folder.mkdir()
+    (folder / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    for name, report in reports.items():
+        artifacts.write_json(folder / "reports" / f"{name}.json", report)
+    (folder / "reports" / "validate.html").write_text("<p>fine</p>")
+    return folder
+
+
+def test_a_record_holds_every_figure_and_filling_it_again_changes_nothing(home: Path, tmp_path: Path) -> None:
+    now = datetime.now(UTC)
+    before, after = [(now + timedelta(minutes=m)).isoformat(timespec="seconds") for m in (-5, 5)]
+    reports: dict[str, dict[str, Any]] = {
+        "ingest": {"status": "done", "started": before, "seconds": 2.5, "users": 10},
+        "train": {"status": "done", "started": after, "curve": [{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 1.0}]},
+        "evaluate": {"status": "done", "started": after, "metrics": {"int8": {"hr_at_10": 0.25}}, "passed": True},
+        "register": {"status": "done", "started": after, "version": "4"},
+    }
+    folder = workspace(tmp_path / "run", reports)
+    found = {record.record("pipeline-1", folder, now) for _ in range(2)}
+    assert len(found) == 1
+    client, mlflow_run = store.client(), found.pop()
+    filled = client.get_run(mlflow_run)
+    assert filled.info.status == "FINISHED"
+    assert filled.data.metrics["evaluate/metrics.int8.hr_at_10"] == 0.25
+    assert filled.data.params["train.epochs"] == str(config.load(folder / "params.yaml").train.epochs)
+    assert filled.data.params["ranker.width"] == "64"
+    tags = filled.data.tags
+    assert (tags["stage.ingest"], tags["stage.train"], tags["version"]) == ("restored", "done", "4")
+    curve = client.get_metric_history(mlflow_run, "curve/loss")
+    assert [(m.step, m.value) for m in sorted(curve, key=lambda m: m.step)] == [(1, 2.0), (2, 1.0)]
+    assert {a.path for a in client.list_artifacts(mlflow_run, "reports")} >= {"reports/validate.html"}
+
+
+def test_a_failed_stage_makes_a_failed_record(home: Path, tmp_path: Path) -> None:
+    folder = workspace(tmp_path / "run", {"train": {"status": "failed", "error": "no"}, "torn": {}})
+    (folder / "reports" / "torn.json").write_text("{")
+    mlflow_run = record.record("pipeline-2", folder)
+    filled = store.client().get_run(mlflow_run)
+    assert filled.info.status == "FAILED"
+    assert filled.data.tags["stage.train"] == "failed"
+
+
+def test_a_candidate_that_missed_a_gate_is_refused_with_the_gate_its_value_and_its_limit() -> None:
+    gates = [
+        {"name": "min_metric", "value": 0.004, "limit": 0.01, "passed": False},
+        {"name": "max_latency_ms", "value": 1.0, "limit": 50.0, "passed": True},
+    ]
+    with pytest.raises(GateError, match=r"gate min_metric: value 0\.004, limit 0\.01; it is not registered") as caught:
+        stage_register.refuse_unless_passed({"passed": False, "gates": gates})
+    assert "max_latency_ms" not in str(caught.value)
+    with pytest.raises(GateError):
+        stage_register.refuse_unless_passed({})
+    stage_register.refuse_unless_passed({"passed": True, "gates": gates})
+
+
+@pytest.fixture
+def server(run: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """MLflow's server over the store of this file, on the port that this folder's params.yaml names."""
+    from mlflow.server import app
+    from mlflow.server.handlers import initialize_backend_stores
+
+    port = free_port()
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("18082", str(port)))
+    file = f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"
+    initialize_backend_stores(file, file, str(home / "mlflow" / "artifacts"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # set by the line above
+    monkeypatch.chdir(tmp_path)
+    # MLflow's own application in a thread: as a process it would import for half a minute what is imported here.
+    with make_server("127.0.0.1", port, app) as serving:
+        thread = Thread(target=serving.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{port}"
+        serving.shutdown()
+        thread.join()
+
+
+def test_the_light_client_and_mlflows_own_see_one_store(server: str, run: str, tmp_path: Path, replay: Path) -> None:
+    file = f"sqlite:///{store.folder() / 'mlflow.db'}"
+    assert store.locate() == store.Location(server, own=True)
+    assert isinstance(store.light(), store.Rest)
+    version = tracking.register("both", seal(tmp_path / "one", 1), replay, run, {})
+    tracking.set_alias("both", "champion", version)
+    tracking.tag("both", version, "released", "yes")
+    assert tracking.tags("both", version)["released"] == "yes"
+    assert tracking.resolve("both", "champion") == version
+    own = store._client(file).get_model_version_by_alias("both", "champion")
+    assert (str(own.version), own.tags["released"]) == (version, "yes")
+    assert store.start("tests", {}) == run
+    assert store.start("another", {}) == store.start("another", {}, store._client(file))
+    assert store.address(run).endswith(f"/runs/{run}")
+    for _ in range(2):
+        tracking.set_alias("both", "champion", None)
+    assert tracking.aliases("both") == {}
+    with pytest.raises(RegistryError, match="both/9: no such version"):
+        tracking.resolve("both", "9")
+    copy = tracking.fetch("both", version)
+    (copy / "version.json").unlink()
+    assert tracking.fetch("both", version) == copy
