@@ -193,7 +193,7 @@ class Replay:
                 shown = json.loads(body).get("request_id") if status == 200 else None
                 error = "" if status == 200 else body[:200].decode(errors="replace")
         except (aiohttp.ClientError, TimeoutError, ValueError) as failure:
-            status, error = 0, repr(failure)
+            status, error = 0, f"{type(failure).__name__}: {failure}"
         latency_ms = (self.now_s() - due_s) * 1e3
         self.answers.append(Answer(due_s, lag_ms, latency_ms, status, version, track, error))
         if shown is not None:
