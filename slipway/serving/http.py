@@ -110,6 +110,7 @@ class HttpServer:
         if self._listener is not None:
             self._listener.close()
         end = asyncio.get_running_loop().time() + timeout_s
+        await asyncio.sleep(accept_s)  # who was accepted last has not sent its request yet
         while any(c.busy for c in self.connections) and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(0.01)
         for connection in list(self.connections):
