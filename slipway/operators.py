@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow.sdk import BaseOperator, BaseOperatorLink, Param, TriggerRule, chain
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
-from slipway import artifacts, config, store, workspace
+from slipway import artifacts, config, record, store, workspace
 from slipway.commands import Command, Outcome
 from slipway.errors import SlipwayError, TransientError
 
@@ -164,17 +164,11 @@ class CloseWorkspace(BaseOperator):  # type: ignore[misc]  # mypy does not follo
         _settle()
         name = workspace.name_of(context["dag_run"].dag_id, context["dag_run"].run_id)
         try:
-            ended = workspace.close(name, succeeded=_promoted(workspace.read(name).folder))
+            ended = workspace.close(name, succeeded=record.promoted(workspace.read(name).folder))
         except SlipwayError as error:
             raise _fail(error) from error
         where = "pruned" if not ended.folder.exists() else f"kept for inspection: {ended.folder}"
         log.info("the run %s; branch %s; worktree %s", ended.ending, ended.branch, where)
-
-
-def _promoted(folder: Path) -> bool:
-    with suppress(SlipwayError):
-        return bool(artifacts.read_json(folder / "reports" / "promote.json").get("status") == "done")
-    return False
 
 
 class Stage(BaseOperator):  # type: ignore[misc]  # mypy does not follow airflow

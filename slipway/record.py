@@ -64,12 +64,19 @@ def git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def record(run: str, folder: Path, started: datetime | None = None) -> str:
+def promoted(folder: Path) -> bool:
+    """Whether the run in this workspace went all the way: its version serves everybody."""
+    path = folder / "reports" / "promote.json"
+    return path.exists() and _read(path).get("status") == "done"
+
+
+def record(run: str, folder: Path, succeeded: bool, started: datetime | None = None) -> str:
     """Fill the MLflow run of the pipeline run `run` from the reports in `folder`; its id.
 
     Args:
         run: what names the pipeline run.
         folder: root of the workspace.
+        succeeded: whether the run did what it was for; a killed stage leaves no report to tell.
         started: when the run began; a report that is older was restored from DVC's cache. None: none is taken for that.
     """
     params = config.load(folder / "params.yaml")
@@ -84,7 +91,7 @@ def record(run: str, folder: Path, started: datetime | None = None) -> str:
     with store.translated(f"run {run}"):
         _log(client, mlflow_run, _flat(params), reports, tags)
         _attach(client, mlflow_run, folder)
-        client.set_terminated(mlflow_run, "FAILED" if "failed" in outcomes.values() else "FINISHED")
+        client.set_terminated(mlflow_run, "FINISHED" if succeeded else "FAILED")
     return mlflow_run
 
 
@@ -172,7 +179,7 @@ def main() -> None:
     try:
         if not run:
             raise SlipwayError(f"environment: {RUN_VARIABLE} must name the pipeline run that is recorded")
-        mlflow_run = record(run, Path(), datetime.fromisoformat(began) if began else None)
+        mlflow_run = record(run, Path(), promoted(Path()), datetime.fromisoformat(began) if began else None)
     except SlipwayError as error:
         print(f"record: {error}")
         raise SystemExit(error.exit_code) from error

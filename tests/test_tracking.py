@@ -160,7 +160,7 @@ def test_a_record_holds_every_figure_and_filling_it_again_changes_nothing(home: 
         "register": {"status": "done", "started": after, "version": "4"},
     }
     folder = workspace(tmp_path / "run", reports)
-    found = {record.record("pipeline-1", folder, now) for _ in range(2)}
+    found = {record.record("pipeline-1", folder, succeeded=True, started=now) for _ in range(2)}
     assert len(found) == 1
     client, mlflow_run = store.client(), found.pop()
     filled = client.get_run(mlflow_run)
@@ -175,10 +175,10 @@ def test_a_record_holds_every_figure_and_filling_it_again_changes_nothing(home: 
     assert {a.path for a in client.list_artifacts(mlflow_run, "reports")} >= {"reports/validate.html"}
 
 
-def test_a_failed_stage_makes_a_failed_record(home: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_not_promoted_makes_a_failed_record(home: Path, tmp_path: Path) -> None:
     folder = workspace(tmp_path / "run", {"train": {"status": "failed", "error": "no"}, "torn": {}})
     (folder / "reports" / "torn.json").write_text("{")
-    mlflow_run = record.record("pipeline-2", folder)
+    mlflow_run = record.record("pipeline-2", folder, succeeded=record.promoted(folder))
     filled = store.client().get_run(mlflow_run)
     assert filled.info.status == "FAILED"
     assert filled.data.tags["stage.train"] == "failed"

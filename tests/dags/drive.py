@@ -34,7 +34,7 @@ def structure(bag: Any) -> dict[str, Any]:
 
 
 def field(param: Any) -> dict[str, Any]:
-    return param.schema | {"value": param.value, "description": param.description}
+    return {**param.schema, "value": param.value, "description": param.description}
 
 
 def stages(dag: Any) -> list[Any]:
