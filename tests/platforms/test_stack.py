@@ -16,9 +16,10 @@ import pytest
 from slipway import artifacts
 from slipway.errors import StackError
 from slipway.platforms.base import Routing
-from slipway.platforms.local import gateway, processes, stack
+from slipway.platforms.local import airflow, gateway, processes, programs, stack
 from slipway.platforms.local.layout import Layout
 from slipway.platforms.local.platform import LocalPlatform
+from slipway.platforms.local.supervisor import configuration
 from tests.conftest import ROOT, free_port, needs
 from tests.platforms import stand
 
@@ -175,6 +176,28 @@ def test_a_session_of_an_earlier_boot_or_leader_holds_none_of_ours(home: Path) -
     assert now.may_hold_members()
     assert not processes.Session(now.leader, now.start_time + 1, now.boot).may_hold_members()
     assert not processes.Session(now.leader, now.start_time, "another boot").may_hold_members()
+
+
+def test_every_program_of_the_stack_listens_on_the_loopback_interface_alone(home: Path) -> None:
+    layout = Layout(home)
+    layout.make()
+    services = programs.all_of(layout, ROOT, sys.executable, stand.params())
+    assert list(services) == ["redis", "gateway", "prometheus", "alertmanager", "mlflow", *airflow.NAMES]
+    assert {s.address.partition(":18")[0].rpartition(":")[0] for s in services.values()} >= {"http://127.0.0.1"}
+    text = configuration(layout, [service.program for service in services.values()])
+    assert "0.0.0.0" not in text
+    assert "--cluster.listen-address= " in f"{text} ".replace("\n", " ")
+    assert "AIRFLOW__API__HOST='127.0.0.1'" in text
+
+
+def test_airflow_gets_one_generated_password_that_only_its_owner_reads(tmp_path: Path) -> None:
+    airflow.make_password(tmp_path)
+    file = airflow.password_file(tmp_path)
+    first = artifacts.read_json(file)
+    airflow.make_password(tmp_path)
+    assert artifacts.read_json(file) == first
+    assert len(first[airflow.USER]) >= 16
+    assert file.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_free_port_is_free_and_a_held_one_is_not() -> None:

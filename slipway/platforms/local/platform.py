@@ -239,14 +239,13 @@ class LocalPlatform:
             now = self._supervisor.processes()
             for name in (replica["name"] for replica in waiting if not replica["serving"]):
                 if not now[name].alive or now[name].pid != first[name]:
-                    raise PlatformError(f"replica {name} ended before it was ready:\n{self.log_end(name)}")
+                    raise PlatformError(f"replica {name} ended before it was ready:\n{self._log_end(name)}")
             if time.monotonic() > deadline:
                 name = waiting[0]["name"]
-                raise PlatformError(f"replica {name} not ready after {timeout_s:g} s:\n{self.log_end(name)}")
+                raise PlatformError(f"replica {name} not ready after {timeout_s:g} s:\n{self._log_end(name)}")
             time.sleep(_POLL_S)
 
-    def log_end(self, program: str) -> str:
-        """Give the last lines of a program's log."""
+    def _log_end(self, program: str) -> str:
         return processes.log_end(self._layout.log(program), _LOG_LINES)
 
     def _stop(self, replicas: list[Record]) -> None:

@@ -23,6 +23,7 @@ from slipway.platforms.local.supervisor import Program
 HOST = "127.0.0.1"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _HEALTH_TIMEOUT_S = 2.0
+_HEAVY_START_S = 600.0  # they import for half a minute of processor time, maybe on a machine that has none to spare
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Service:
     """Ports that it listens on, by their key in params.yaml."""
     start_s: float = 20.0
     """Longest time from start to health on a busy machine."""
+    late: bool = False
+    """Needed by nobody at first: started after the others are well, and not waited for."""
 
     @property
     def name(self) -> str:
@@ -137,8 +140,10 @@ def _mlflow(layout: Layout, python: str, params: Params) -> Service:
         "--artifacts-destination",
         f"{folder}/artifacts",
     ]
-    program = Program("mlflow", command, folder, {"MLFLOW_DISABLE_TELEMETRY": "true"})
-    return _web(program, port, "stack.mlflow_port", "/health", start_s=300)
+    # Its job runner, which nobody here uses, would import all of MLflow once more.
+    environment = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    program = Program("mlflow", command, folder, environment)
+    return _web(program, port, "stack.mlflow_port", "/health", start_s=_HEAVY_START_S)
 
 
 def _airflow(layout: Layout, checkout: Path, python: str, params: Params) -> list[Service]:
@@ -154,7 +159,8 @@ def _airflow(layout: Layout, checkout: Path, python: str, params: Params) -> lis
                 f"http://{HOST}:{port}" if serves else "",
                 partial(airflow.healthy, f"http://{HOST}:{port}", part),
                 {"stack.airflow_port": port} if serves else {},
-                start_s=300,
+                start_s=_HEAVY_START_S,
+                late=part == "triggerer",
             )
         )
     return services

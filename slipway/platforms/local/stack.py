@@ -30,18 +30,20 @@ _REPLICA_START_S = 60.0
 _POLL_S = 0.1
 _LOG_LINES = 20
 
+Tell = Callable[[str], None]
 
-def up(params: Params, only: Sequence[str] = (), tell: Callable[[str], None] = print) -> None:
+
+def up(params: Params, only: Sequence[str] = (), tell: Tell = print) -> None:
     """Start the programs of the stack (all, or `only` some) and wait until each is well.
 
     Raises:
         StackError: a program is missing, a port is taken, or a program did not become well (with the end of its log).
     """
-    layout, python = here(), sys.executable
+    layout = here()
     layout.make()
     with _alone(layout):
         system.require()
-        services = programs.all_of(layout, CHECKOUT, python, params)
+        services = programs.all_of(layout, CHECKOUT, sys.executable, params)
         wanted = _select(services, only)
         text = configuration(layout, [service.program for service in services.values()])
         artifacts.write_text(layout.home / "supervisor" / "supervisord.conf", text)
@@ -55,18 +57,8 @@ def up(params: Params, only: Sequence[str] = (), tell: Callable[[str], None] = p
         known = supervisor.processes()
         fresh = [service for service in wanted if not known[service.name].alive]
         _refuse_taken_ports(fresh)
-        _record(layout, python, supervisor, wanted)
-        with ThreadPoolExecutor(1) as pool:
-            of_airflow = [service for service in wanted if service.name in airflow.NAMES]
-            rest = [service for service in wanted if service not in of_airflow]
-            # Airflow's database may need its time: the others start and become well meanwhile.
-            migrated = pool.submit(_prepare_airflow, layout, python, [s for s in of_airflow if s in fresh], supervisor)
-            for service in rest:
-                if service in fresh:
-                    supervisor.start(service.name)
-            _await_health(layout, supervisor, rest, tell)
-            migrated.result()
-            _await_health(layout, supervisor, of_airflow, tell)
+        _record(layout, supervisor, wanted)
+        _start(layout, supervisor, wanted, fresh, tell)
         _await_replicas(layout, tell)
 
 
@@ -120,29 +112,45 @@ def _start_supervisor(layout: Layout, supervisor: Supervisor) -> None:
         time.sleep(0.05)
 
 
-def _record(layout: Layout, python: str, supervisor: Supervisor, wanted: Sequence[Service]) -> None:
+def _record(layout: Layout, supervisor: Supervisor, wanted: Sequence[Service]) -> None:
     before = artifacts.read_json(layout.stack_file)["programs"] if layout.stack_file.exists() else []
     names = [*before, *(service.name for service in wanted if service.name not in before)]
     leader = asdict(Session.of(supervisor.pid()))
-    value = {"checkout": CHECKOUT, "python": python, "session": leader, "programs": names}
+    value = {"checkout": CHECKOUT, "python": sys.executable, "session": leader, "programs": names}
     artifacts.write_json(layout.stack_file, value)
 
 
-def _prepare_airflow(layout: Layout, python: str, fresh: Sequence[Service], supervisor: Supervisor) -> None:
-    """Start Airflow's parts, after its database was brought to its version."""
+def _start(
+    layout: Layout, supervisor: Supervisor, wanted: Sequence[Service], fresh: Sequence[Service], tell: Tell
+) -> None:
+    """Start programs, all at once, and wait until they are well; Airflow's as soon as its database is ready."""
+    began = time.monotonic()
+    late = [service for service in wanted if service.late]
+    of_airflow = [service for service in wanted if service.name in airflow.NAMES and service not in late]
+    others = [service for service in wanted if service not in (*of_airflow, *late)]
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(_start_airflow, layout, supervisor, [s for s in of_airflow if s in fresh])
+        for service in (service for service in others if service in fresh):
+            supervisor.start(service.name)
+        _await_health(layout, supervisor, others, began, tell)
+        started.result()
+        _await_health(layout, supervisor, of_airflow, began, tell)
+    for service in (service for service in late if service in fresh):
+        supervisor.start(service.name)
+        tell(f"{service.name:<18} started")
+
+
+def _start_airflow(layout: Layout, supervisor: Supervisor, fresh: Sequence[Service]) -> None:
     if not fresh:
         return
     folder = layout.folder("airflow")
     airflow.make_password(folder)
-    airflow.migrate(folder, python, fresh[0].program.environment, layout.log("airflow-migrate"))
+    airflow.migrate(folder, sys.executable, fresh[0].program.environment, layout.log("airflow-migrate"))
     for service in fresh:
         supervisor.start(service.name)
 
 
-def _await_health(
-    layout: Layout, supervisor: Supervisor, wanted: Sequence[Service], tell: Callable[[str], None]
-) -> None:
-    began = time.monotonic()
+def _await_health(layout: Layout, supervisor: Supervisor, wanted: Sequence[Service], began: float, tell: Tell) -> None:
     waiting = list(wanted)
     while waiting:
         known = supervisor.processes()
@@ -159,7 +167,7 @@ def _await_health(
         time.sleep(_POLL_S)
 
 
-def _await_replicas(layout: Layout, tell: Callable[[str], None]) -> None:
+def _await_replicas(layout: Layout, tell: Tell) -> None:
     """Wait for the replicas on record, which start with supervisord; a broken one must not keep the rest from use."""
     waiting = _replicas(layout)
     deadline = time.monotonic() + _REPLICA_START_S
