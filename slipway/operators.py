@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 MISSED = timedelta(hours=1)
-"""A scheduled run that comes later than this was missed while its DAG was paused; it is skipped."""
+"""A scheduled run that starts later than this was missed, as while its DAG was paused; it is skipped."""
 DEFAULTS = {"retries": 2, "retry_delay": timedelta(seconds=10), "execution_timeout": timedelta(hours=24)}
 
 VERSION = "^([a-z]+|[1-9][0-9]*)$"
@@ -142,7 +142,7 @@ class OpenWorkspace(BaseOperator):  # type: ignore[misc]  # mypy does not follow
         """Give the name of the workspace."""
         run = context["dag_run"]
         if run.run_type == "scheduled" and run.run_after and datetime.now(UTC) - run.run_after > MISSED:
-            raise AirflowSkipException(f"missed while the DAG was paused: it was due at {run.run_after}")
+            raise AirflowSkipException(f"it was due at {run.run_after}, too long ago: trigger a run if one is wanted")
         _settle()
         known = {field.key for field in config.form(config.load(CHECKOUT / "params.yaml"))}
         values = {key: value for key, value in context["params"].items() if key in known}
