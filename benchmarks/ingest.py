@@ -44,9 +44,8 @@ def main() -> None:
             for side in ("slipway", "pandas"):
                 results.append({"source": source.suffix[1:], "side": side, **_measure(side, source, options)})
     artifacts.write_json(RESULT, {"rows": options.rows, "memory_mb": options.memory_mb, "results": results})
-    print(
-        f"{options.rows:,} rows, ingest.memory_mb {options.memory_mb}\n{'source':8} {'side':8} {'s':>7} {'rows/s':>11} {'peak MB':>8}"
-    )
+    print(f"{options.rows:,} rows, ingest.memory_mb {options.memory_mb}")
+    print(f"{'source':8} {'side':8} {'s':>7} {'rows/s':>11} {'peak MB':>8}")
     for one in results:
         print(
             f"{one['source']:8} {one['side']:8} {one['seconds']:7.1f} {one['rows_per_s']:11,.0f} {one['peak_mb']:8,.0f}"
@@ -57,8 +56,8 @@ def _tables(folder: Path, rows: int) -> list[Path]:
     """Events of rows/20 users and 20,000 items with a long tail, in no order, as CSV and Parquet."""
     import duckdb
 
-    query = f"""SELECT hash(i) % {max(rows // 20, 10)} AS user, CAST(floor(20000 * pow((hash(i * 7) % 1000003) / 1000003, 3)) AS INT)
-        AS item, 1600000000 + hash(i * 13) % 100000000 AS time FROM range({rows}) AS t(i)"""
+    query = f"""SELECT hash(i) % {max(rows // 20, 10)} AS user, 1600000000 + hash(i * 13) % 100000000 AS time,
+        CAST(floor(20000 * pow((hash(i * 7) % 1000003) / 1000003, 3)) AS INT) AS item FROM range({rows}) AS t(i)"""
     paths = [folder / "events.csv", folder / "events.parquet"]
     for path in paths:
         duckdb.execute(f"COPY ({query}) TO '{path}'")

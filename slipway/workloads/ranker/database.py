@@ -1,4 +1,4 @@
-"""DuckDB as `ingest` uses it: in bounded memory, the rest on disk beside the output, with progress and errors that name rows."""
+"""DuckDB as `ingest` uses it: bounded memory, the rest on disk beside the output, progress, errors that name rows."""
 
 from __future__ import annotations
 

@@ -134,9 +134,10 @@ def chapters(folder: Path, before: Mapping[str, Any] | None) -> list[Chapter]:
 
 def _lengths(data: sequences.Sequences) -> Plot:
     lengths = np.diff(data.offsets)
-    figure, axes = canvas("events of a user", "users")
-    axes.hist(lengths, bins=np.unique(np.geomspace(lengths.min(), lengths.max() + 1, 40).astype(int)).tolist())
-    axes.set_xscale("log")
+    least, most = int(lengths.min()), max(int(np.quantile(lengths, 0.99)), int(lengths.min()) + 1)
+    counts = np.bincount(np.minimum(lengths, most))[least:]
+    figure, axes = canvas("events of a user; the last: this many or more", "users")
+    axes.bar(least + np.arange(len(counts)), counts, width=1.0)
     return Plot(f"How long the sequences are: median {np.median(lengths):,.0f}, longest {lengths.max():,}", figure)
 
 
