@@ -16,7 +16,7 @@ from slipway.errors import PlatformError, StackError
 from slipway.platforms.local.layout import Layout
 from slipway.platforms.local.unix_http import UnixTransport
 
-_TIMEOUT_S = 10.0
+_TIMEOUT_S = 30.0
 _ALREADY = {60, 70, 90}  # ALREADY_STARTED, NOT_RUNNING, ALREADY_ADDED: what was asked for holds
 
 
@@ -119,11 +119,19 @@ class Supervisor:
         self._proxy: Any = xmlrpc.client.ServerProxy("http://localhost/RPC2", transport=transport, allow_none=True)
 
     def answers(self) -> bool:
-        """Whether supervisord is there."""
+        """Whether supervisord is there.
+
+        Raises:
+            StackError: it is there, yet says nothing: on no account may it be taken for gone.
+        """
         try:
             self._proxy.supervisor.getState()
-        except (OSError, http.client.HTTPException):
+        except (FileNotFoundError, ConnectionRefusedError):
             return False
+        except (OSError, http.client.HTTPException) as error:
+            raise StackError(
+                f"supervisord does not answer ({error!r}): is the machine overloaded? Try again"
+            ) from error
         return True
 
     def pid(self) -> int:
