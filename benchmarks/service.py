@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import candidates
 from slipway import artifacts, config, platforms, stage, store, tracking
-from slipway.config import CanaryParams, ChaosParams, Params, PromoteParams, StackParams
+from slipway.config import CanaryParams, ChaosParams, Params, PromoteParams, SloParams, StackParams
 from slipway.errors import SlipwayError
 from slipway.platforms.base import Platform
 from slipway.platforms.local import stack
@@ -106,6 +106,7 @@ def brief(params: Params) -> Params:
             "canary": CanaryParams(step_weights=(0.2, 0.5), interval_s=3.0, min_requests=20, replay_rate_rps=60.0),
             "chaos": ChaosParams(rate_rps=50.0, duration_s=3.0),
             "promote": PromoteParams(warm_s=2.0),
+            "slo": SloParams(p99_ms=500.0),  # a busy machine keeps it
         }
     )
 

@@ -18,12 +18,12 @@ from typing import Any
 
 from slipway import platforms, stage
 from slipway.config import Params
-from slipway.errors import CanaryRejectedError
+from slipway.errors import CanaryRejectedError, TransientError
 from slipway.platforms.base import Platform, Routing
 from slipway.progress import Progress
 from slipway.release import history, replay, state
 from slipway.release.analysis import Judgement, Limits, Track, Verdict, Window, judge
-from slipway.release.measure import Meter, Prometheus
+from slipway.release.measure import PATIENCE_S, Meter, Prometheus
 from slipway.stage import Report
 
 POLL_S = 1.0
@@ -70,7 +70,7 @@ class _Canary:
             state.move(self.platform, routing, step)
             routing = step
             self.steps.append({"weight": weight, "started": _now(), "holds": 0})
-            prometheus.await_weight(weight)
+            self._await_scrape(routing, prometheus)
             judgement = self._settle(routing, Meter(prometheus))
             log.info("weight=%g verdict=%s: %s", weight, judgement.verdict, "; ".join(judgement.reasons))
             if judgement.verdict is not Verdict.ADVANCE:
@@ -81,6 +81,15 @@ class _Canary:
         if routing.champion is None:
             return [1.0]
         return [weight for weight in self.limits.canary.step_weights if weight >= routing.canary_weight]
+
+    def _await_scrape(self, routing: Routing, prometheus: Prometheus) -> None:
+        """Wait until Prometheus saw the weight: what it counts from then on is of this step."""
+        until = time.monotonic() + PATIENCE_S
+        while not prometheus.sees_weight(routing.canary_weight):
+            state.require(self.platform, routing)
+            if time.monotonic() > until:
+                raise TransientError("Prometheus does not scrape the gateway; see `make status`, then try again")
+            time.sleep(0.1)
 
     def _settle(self, routing: Routing, meter: Meter) -> Judgement:
         """Measure interval by interval, until judge() says more than HOLD."""
