@@ -213,7 +213,7 @@ def test_a_source_that_is_no_table_of_events_is_refused_and_leaves_nothing(tmp_p
     if callable(content):
         content(source)
     elif content is not None:
-        source.write_bytes(content if isinstance(content, bytes) else content.encode())  # type: ignore[attr-defined]  # text
+        source.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=message) as raised:
         read(params(source), tmp_path / "out")
     assert name in str(raised.value)
