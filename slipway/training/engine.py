@@ -9,6 +9,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch._dynamo  # DeepSpeed would import it in every process
 
 from slipway.config import TrainParams
 

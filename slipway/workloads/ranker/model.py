@@ -57,7 +57,7 @@ class Ranker(nn.Module):
         self.norm = nn.LayerNorm(params.width)
         self.dropout = nn.Dropout(params.dropout)
         for table in (self.item, self.place):
-            nn.init.normal_(table.weight, std=params.width**-0.5)
+            nn.init.normal_(table.weight, std=0.02)
         with torch.no_grad():
             self.item.weight[0].zero_()
 

@@ -10,7 +10,7 @@
 The item with id i is row i - 1 of items.parquet.
 """
 
-# U users, E events, I items
+# U users, E events, I items, B rows, T time
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -91,3 +91,13 @@ def load(folder: Path) -> Sequences:
     if len(offsets) != meta["users"] + 1 or len(lengths) != 1:
         raise DataError(f"{folder}: the columns do not fit one another; run `python -m tasks.ingest` again")
     return Sequences(folder, offsets, items, times, meta)
+
+
+def padded(
+    items: npt.NDArray[Any], begin: npt.NDArray[np.int64], end: npt.NDArray[np.int64], limit: int = 1 << 30
+) -> npt.NDArray[np.int64]:
+    """Gather items[begin:end] of each row, padded with 0 on the left to the longest, at most `limit`: [B, T]."""
+    length = max(1, min(int((end - begin).max()), limit))
+    place = end[:, None] - np.arange(length, 0, -1)
+    inside = place >= begin[:, None]
+    return np.where(inside, items[np.where(inside, place, 0)], 0).astype(np.int64)

@@ -20,11 +20,12 @@ import torch
 
 from slipway.config import TrainParams
 from slipway.errors import DataError
-from slipway.workloads.base import Array, Tensors
+from slipway.workloads.base import Tensors
 from slipway.workloads.ranker import sequences
 from slipway.workloads.ranker.metrics import gains
 from slipway.workloads.ranker.model import Ranker
 from slipway.workloads.ranker.params import RankerParams
+from slipway.workloads.ranker.sequences import padded
 
 Ints = npt.NDArray[np.int64]
 
@@ -51,14 +52,6 @@ def windows(offsets: Ints, length: int) -> tuple[Ints, Ints]:
     nth = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count)
     end = last[user] - nth * length
     return np.maximum(first[user], end - length - 1), end
-
-
-def padded(items: Array, begin: Ints, end: Ints, limit: int | None = None) -> Ints:
-    """Gather items[begin:end] of each row, padded with 0 on the left to the longest, at most `limit`: [B, T]."""
-    length = max(1, min(int((end - begin).max()), limit or 1 << 30))
-    place = end[:, None] - np.arange(length, 0, -1)
-    inside = place >= begin[:, None]
-    return np.where(inside, items[np.where(inside, place, 0)], 0).astype(np.int64)
 
 
 @dataclass(frozen=True)
