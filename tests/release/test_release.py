@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import candidates
-from benchmarks.service import WORKLOAD, Service, service
 from slipway import artifacts, tracking
 from slipway.config import ChaosParams, Params
 from slipway.errors import (
@@ -30,6 +28,8 @@ from slipway.platforms.base import Fault, Routing
 from slipway.release import history
 from slipway.release.replay import Replay
 from tests.conftest import free_port, needs
+from tests.release import candidates
+from tests.release.service import WORKLOAD, Service, service
 
 pytestmark = [
     needs("nginx", "redis-server", "prometheus"),
@@ -65,6 +65,7 @@ class World:
                 platform.remove(version)
         history.path().unlink(missing_ok=True)
         history.name_versions(WORKLOAD, champion, None)
+        tracking.set_alias(WORKLOAD, "candidate", None)
 
 
 @pytest.fixture(scope="module")

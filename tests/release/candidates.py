@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks.bad_candidate import permute
 from slipway import artifacts, package
 from slipway.serving.engines import OnnxEngine
 from tests.serving import packages
@@ -80,16 +81,6 @@ def useless(folder: Path) -> Path:
     packages.seal(folder)
     permute(folder)
     return folder
-
-
-def permute(folder: Path, seed: int = 0) -> None:
-    """Shuffle the names of a package's items and seal it anew: the model is the same, what it answers is nonsense."""
-    sealed = package.load(folder)
-    golden = sealed.golden()
-    names = artifacts.read_json(folder / "items.json")
-    random.Random(seed).shuffle(names["keys"])
-    artifacts.write_json(folder / "items.json", names)
-    package.seal(folder, sealed.workload, sealed.precision, sealed.inputs, sealed.outputs, golden)
 
 
 def replay(path: Path, sealed: Path, count: int = 400, seed: int = 0) -> Path:

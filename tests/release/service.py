@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import candidates
 from slipway import artifacts, config, platforms, stage, store, tracking
 from slipway.config import CanaryParams, ChaosParams, Params, PromoteParams, SloParams, StackParams
 from slipway.errors import SlipwayError
 from slipway.platforms.base import Platform
 from slipway.platforms.local import stack
 from slipway.release.replay import Replay, read
+from tests.conftest import ROOT
+from tests.release import candidates
 
-ROOT = Path(__file__).parents[1]
 PROGRAMS = ("redis", "gateway", "prometheus")
 WORKLOAD = "ranker"
 
@@ -106,7 +106,7 @@ def brief(params: Params) -> Params:
             "canary": CanaryParams(step_weights=(0.2, 0.5), interval_s=3.0, min_requests=20, replay_rate_rps=60.0),
             "chaos": ChaosParams(rate_rps=50.0, duration_s=3.0),
             "promote": PromoteParams(warm_s=2.0),
-            "slo": SloParams(p99_ms=500.0),  # a busy machine keeps it
+            "slo": SloParams(p99_ms=500.0, max_error_ratio=0.02),  # a busy machine keeps them
         }
     )
 
