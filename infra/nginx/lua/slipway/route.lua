@@ -91,7 +91,7 @@ local function least_loaded(addresses, tried, must_be_ready)
     return best
 end
 
--- Where the next try goes: address and version, or nil. The version's own ready replicas first, then the champion's, and
+-- Where the next try goes: address, version and whether it is ready; or nil. The version's own ready replicas first, then the champion's, and
 -- only then those that are out: better a doubtful replica than none.
 local function choose(way)
     local own = way.now.versions[way.version] or {}
@@ -100,11 +100,11 @@ local function choose(way)
         local address = (way.tries < TRIES_OF_VERSION or #champion == 0 or way.version == way.now.champion)
             and least_loaded(own, way.tried, must_be_ready)
         if address then
-            return address, way.version
+            return address, way.version, must_be_ready
         end
         address = least_loaded(champion, way.tried, must_be_ready)
         if address then
-            return address, way.now.champion
+            return address, way.now.champion, must_be_ready
         end
     end
     return nil
@@ -150,7 +150,7 @@ function M.balance()
     elseif all_down(way.now.versions[way.version]) then
         count_try(way.class, way.version, "error") -- nobody could even be asked
     end
-    local address, version = choose(way)
+    local address, version, ready = choose(way)
     if not address and not way.address then
         ngx.var.slipway_reason = "no replica is left of the version that serves you; try again in a moment"
         return ngx.exit(503)
@@ -161,11 +161,14 @@ function M.balance()
     way.tried[address] = true
     ngx.var.slipway_address, ngx.var.slipway_version = address, version
     health.count(address, 1)
-    local more = way.tries < TRIES and choose(way) ~= nil
+    local another, _, another_ready = choose(way)
+    local more = another ~= nil and way.tries < TRIES
     if more then
         balancer.set_more_tries(1)
     end
-    balancer.set_timeouts(CONNECT_S, CONNECT_S, (more and READ_S or LAST_READ_S)[way.class])
+    -- A slow replica that is ready is not given up for one that is known to be out.
+    local short = more and (another_ready or not ready)
+    balancer.set_timeouts(CONNECT_S, CONNECT_S, (short and READ_S or LAST_READ_S)[way.class])
     local host, port = address:match("^(.*):(%d+)$")
     assert(balancer.set_current_peer(host, tonumber(port)))
 end
