@@ -26,6 +26,8 @@ GRACE_S = 15.0  # time in which a stage that is told to end can put its files in
 TAIL = 20
 
 _EXITED = re.compile(r"exited with (-?\d+)")  # how DVC tells the exit code of a stage's command
+# What DVC advises to do by hand is done when the run closes; in a task's log it would mislead.
+_ADVICE = re.compile(r"To track the changes with git|To enable auto staging|Use `dvc push`|\s+git add |\s+dvc config ")
 _RESTORED = re.compile(r"is cached - skipping run|didn't change, skipping")
 
 
@@ -82,7 +84,7 @@ class Command:
         try:
             for line in process.stdout:
                 text = line.rstrip()
-                if text:
+                if text and not _ADVICE.match(text):
                     say(text)
                     lines = [*lines[-TAIL:], text]
         except BaseException:

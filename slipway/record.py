@@ -27,6 +27,7 @@ from slipway import artifacts, config, store
 from slipway.errors import DataError, SlipwayError
 
 RUN_VARIABLE, STARTED_VARIABLE = "SLIPWAY_RUN", "SLIPWAY_STARTED"
+OWN = (":!params.yaml", ":!dvc.lock")  # a run's own parameters and results, which it keeps beside its code
 SHOWN = 500  # characters of a param or tag that MLflow keeps
 BATCH = 1000  # metrics that MLflow takes in one call
 
@@ -37,7 +38,8 @@ def lineage(folder: Path, params: config.Params) -> dict[str, str]:
     """Where a workspace's results come from: code, data, pipeline, workload; as tags of a run or a version."""
     facts = {"workload": params.workload, "git_commit": git(folder, "rev-parse", "HEAD")}
     facts["git_branch"] = git(folder, "rev-parse", "--abbrev-ref", "HEAD")
-    facts["dirty"] = "yes" if git(folder, "status", "--porcelain", "--untracked-files=no") else "no"
+    changed = git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".", *OWN).splitlines()
+    facts["dirty"] = "yes" if changed else "no"
     stages = _locked_stages(folder)
     facts["dvc_lock"] = hashlib.sha256(json.dumps(stages, sort_keys=True).encode()).hexdigest() if stages else ""
     data = [out for out in stages.get("ingest", {}).get("outs", []) if str(out["path"]).startswith("data/")]

@@ -155,10 +155,10 @@ class Rest:
             raise
         return SimpleNamespace(**found)
 
-    def create_experiment(self, name: str, artifact_location: str | None = None) -> str:
+    def create_experiment(self, name: str, artifact_location: str | None, tags: Mapping[str, str]) -> str:
         """Make an experiment; its id."""
         place = {"artifact_location": artifact_location} if artifact_location else {}
-        return str(self.call("POST", "experiments/create", name=name, **place)["experiment_id"])
+        return str(self.call("POST", "experiments/create", name=name, tags=_pairs(tags), **place)["experiment_id"])
 
     def search_runs(self, experiment_ids: list[str], filter_string: str, max_results: int = 1) -> list[Any]:
         """Runs that match a filter."""
@@ -175,9 +175,13 @@ class Rest:
             experiment_id=experiment_id,
             run_name=run_name,
             start_time=int(time.time() * 1000),
-            tags=[{"key": k, "value": v} for k, v in tags.items()],
+            tags=_pairs(tags),
         )["run"]
         return SimpleNamespace(info=SimpleNamespace(**made["info"]))
+
+
+def _pairs(tags: Mapping[str, str]) -> list[dict[str, str]]:
+    return [{"key": key, "value": value} for key, value in tags.items()]
 
 
 def _refusal(error: urllib.error.HTTPError) -> Exception:
@@ -267,4 +271,6 @@ def _experiment(through: Any) -> str:
         return str(found.experiment_id)
     # Own artifacts lie under plain paths, so that they are found with and without a server.
     place = (folder() / "artifacts" / EXPERIMENT).as_uri() if locate().own else None
-    return str(through.create_experiment(EXPERIMENT, artifact_location=place))
+    # The kind opens MLflow's pages of model training; without it they are those of language-model traces.
+    tags = {"mlflow.experimentKind": "custom_model_development"}
+    return str(through.create_experiment(EXPERIMENT, artifact_location=place, tags=tags))

@@ -232,6 +232,8 @@ def test_the_light_client_and_mlflows_own_see_one_store(server: str, run: str, t
     assert store.start("tests", {}) == run
     assert store.start("another", {}) == store.start("another", {}, store._client(file))
     assert store.address(run).endswith(f"/runs/{run}")
+    made = store.Rest(server).create_experiment("fresh", None, {"kind": "test"})
+    assert store._client(file).get_experiment(made).tags["kind"] == "test"
     for _ in range(2):
         tracking.set_alias("both", "champion", None)
     assert tracking.aliases("both") == {}

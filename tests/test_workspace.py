@@ -141,6 +141,7 @@ def test_a_finished_run_is_pruned_and_its_branch_is_up_to_date_in_the_checkout(c
     outcome, lines, _ = repro(made.folder, "one")
     assert (outcome.code, outcome.ran) == (0, True), lines
     assert any(line.startswith("epochs 7 conf") for line in lines)
+    assert not any("git add" in line for line in lines)  # DVC's advice is not for a workspace
     workspace.close("one", succeeded=True)
     assert not made.folder.exists()
     assert git(checkout, "status", "--porcelain") == ""
