@@ -38,18 +38,17 @@ def main() -> None:
             )
         )
         return
-    results = []
+    print(f"{options.rows:,} rows, ingest.memory_mb {options.memory_mb}")
+    print(f"{'source':8} {'side':8} {'s':>7} {'rows/s':>11} {'peak MB':>8}")
+    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for source in _tables(Path(folder), options.rows):
             for side in ("slipway", "pandas"):
-                results.append({"source": source.suffix[1:], "side": side, **_measure(side, source, options)})
-    artifacts.write_json(RESULT, {"rows": options.rows, "memory_mb": options.memory_mb, "results": results})
-    print(f"{options.rows:,} rows, ingest.memory_mb {options.memory_mb}")
-    print(f"{'source':8} {'side':8} {'s':>7} {'rows/s':>11} {'peak MB':>8}")
-    for one in results:
-        print(
-            f"{one['source']:8} {one['side']:8} {one['seconds']:7.1f} {one['rows_per_s']:11,.0f} {one['peak_mb']:8,.0f}"
-        )
+                one = {"source": source.suffix[1:], "side": side, **_measure(side, source, options)}
+                results.append(one)
+                figures = f"{one['seconds']:7.1f} {one['rows_per_s']:11,.0f} {one['peak_mb']:8,.0f}"
+                print(f"{one['source']:8} {side:8} {figures}", flush=True)
+                artifacts.write_json(RESULT, {"rows": options.rows, "memory_mb": options.memory_mb, "results": results})
 
 
 def _tables(folder: Path, rows: int) -> list[Path]:

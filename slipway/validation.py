@@ -83,9 +83,9 @@ def check(subject: Subject, limits: Mapping[str, Any]) -> list[Finding]:
     parameters = {**limits, **{name: value for name, value in subject.figures.items() if value is not None}}
     names = list(dict.fromkeys(one["meta"]["frame"] for one in suite["expectations"]))
     asked = sorted(suite["expectations"], key=lambda one: names.index(one["meta"]["frame"]))
-    findings = []
+    context, findings = _context(), []
     for name, group in groupby(asked, key=lambda one: str(one["meta"]["frame"])):
-        findings += _ask(name, frames[name], list(group), parameters)
+        findings += _ask(context, name, frames[name], list(group), parameters)
     for finding, expectation in zip(findings, asked, strict=True):
         if finding.frame == "figures":
             finding.observed = subject.figures[expectation["kwargs"]["column"]]
@@ -100,14 +100,21 @@ def _one_row(figures: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame({name: pd.Series([value], dtype="float64") for name, value in figures.items()})
 
 
-def _ask(name: str, frame: Frame, asked: Sequence[Any], parameters: Mapping[str, Any]) -> list[Finding]:
-    """Ask the expectations of one frame of all its chunks, and add up the answers."""
+def _context() -> Any:
+    """Start Great Expectations, silent, with nothing kept and nothing sent."""
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
     import great_expectations as gx
     from great_expectations.data_context.types.base import ProgressBarsConfig
 
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = ProgressBarsConfig(globally=False)
+    return context
+
+
+def _ask(context: Any, name: str, frame: Frame, asked: Sequence[Any], parameters: Mapping[str, Any]) -> list[Finding]:
+    """Ask the expectations of one frame of all its chunks, and add up the answers."""
+    import great_expectations as gx
+
     batches = context.data_sources.add_pandas(name).add_dataframe_asset(name).add_batch_definition_whole_dataframe(name)
     suite = gx.ExpectationSuite(name=name, expectations=list(asked))
     findings = {one["meta"]["about"]: _finding(one, parameters) for one in asked}
@@ -137,7 +144,7 @@ def _add(finding: Finding, result: Any) -> None:
     if "observed_value" in result.result:
         finding.observed = result.result["observed_value"]
     for row in result.result.get("partial_unexpected_index_list") or []:
-        if len(finding.rows) < MAX_ROWS:
+        if isinstance(row, dict) and len(finding.rows) < MAX_ROWS:  # a frame without names gives bare positions
             finding.rows.append({name: getattr(value, "item", lambda v=value: v)() for name, value in row.items()})
 
 

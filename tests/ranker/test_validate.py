@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ def rows(users: int = 30, shift: int = 0) -> list[Row]:
     """Events whose items have a long tail; `shift` moves the popularity to other items."""
     draw = np.random.default_rng(1)
     return [(f"u{u}", f"i{(int(draw.zipf(1.5)) + shift) % 12}", 10 * u + k) for u in range(users) for k in range(8)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _great_expectations() -> None:
+    """Import it once: its own imports warn of modules that Python deprecates."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import great_expectations  # noqa: F401
 
 
 Validate = Callable[..., tuple[int, dict[str, Any]]]
