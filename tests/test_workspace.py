@@ -171,6 +171,20 @@ def test_the_exit_code_and_the_message_of_a_stage_come_through_dvc(
     assert told in command.message(outcome)
 
 
+def test_a_stage_that_is_ended_takes_all_that_it_started_with_it(tmp_path: Path, checkout: Path) -> None:
+    code = "import subprocess; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    command, lines = Command("train", tmp_path, "ended"), []
+
+    def say(line: str) -> None:
+        lines.append(int(line))
+        command.end()
+
+    outcome = command.run(["-c", code], {}, say)
+    assert outcome.code == -15
+    assert command.message(outcome) == "train: ended by SIGTERM"
+    assert not Path(f"/proc/{lines[0]}/cmdline").exists() or not Path(f"/proc/{lines[0]}/cmdline").read_bytes()
+
+
 def test_a_process_whose_caller_was_killed_is_ended_before_its_stage_runs_again(tmp_path: Path) -> None:
     left = subprocess.Popen(
         ["sleep", "60"], env={**os.environ, "SLIPWAY_RUN": "mine", "SLIPWAY_STAGE": "s"}, start_new_session=True
