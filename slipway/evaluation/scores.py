@@ -1,0 +1,61 @@
+"""Scores of a candidate and the gates they have to pass."""
+
+# U samples
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from slipway.config import EvaluateParams
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One limit, and whether the candidate keeps it."""
+
+    name: str
+    value: float | None
+    """What was measured; None: nothing to compare with."""
+    limit: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The model that serves everybody, on the candidate's samples."""
+
+    version: str
+    metric: float
+    difference: float
+    """Candidate minus champion."""
+    low: float
+    high: float
+    """95 % interval of the difference, paired by sample."""
+
+
+def means(values: Mapping[str, Floats]) -> dict[str, float]:
+    """Mean of every metric over the samples."""
+    return {name: round(float(value.mean()), 6) for name, value in values.items()}
+
+
+def against(version: str, candidate: Floats, champion: Floats) -> Champion:
+    """Compare two models on the same samples, [U] each; chance is judged by the samples' own differences."""
+    difference = candidate - champion
+    half = 1.96 * float(difference.std()) / max(1.0, len(difference) ** 0.5)
+    mean = float(difference.mean())
+    return Champion(version, float(champion.mean()), mean, mean - half, mean + half)
+
+
+def gates(limits: EvaluateParams, metric: float, champion: Champion | None, p99_ms: float) -> list[Gate]:
+    """Hold a candidate against the limits of `evaluate`; without a champion there is nothing to lose against."""
+    drop = 1 - metric / champion.metric if champion is not None and champion.metric > 0 else None
+    return [
+        Gate("min_metric", metric, limits.min_metric, metric >= limits.min_metric),
+        Gate("max_champion_drop", drop, limits.max_champion_drop, drop is None or drop <= limits.max_champion_drop),
+        Gate("max_latency_ms", p99_ms, limits.max_latency_ms, p99_ms <= limits.max_latency_ms),
+    ]
