@@ -9,7 +9,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 ENDPOINTS = ("recommend", "infer", "feedback", "model", "health", "metrics", "other")
-CODES = (200, 202, 400, 404, 405, 408, 413, 429, 431, 500, 503)
+CODES = (200, 202, 400, 404, 405, 413, 429, 500, 503)
 
 # Fine where a promise of 100 ms is kept or broken.
 SECONDS = (

@@ -25,9 +25,9 @@ import msgspec
 from slipway.config import ServeParams
 from slipway.errors import OverloadError, RequestError, TransientError
 from slipway.serving import protocol
+from slipway.serving.asgi import Headers, Request, Response
 from slipway.serving.batching import Batcher
 from slipway.serving.feedback import Memory, Shown
-from slipway.serving.http import Request, Response
 from slipway.serving.metrics import CONTENT_TYPE, Metrics
 from slipway.serving.model import Model, Sample
 from slipway.workloads.base import Query, Tensors, parse
@@ -64,6 +64,7 @@ class App:
         self._model: Model | None = None
         self._batcher: Batcher[Sample, Tensors] | None = None
         self._waiting_for: str | None = "the model is being loaded and checked"
+        self._headers: Headers = ()
         self._name_version(version)
         self._routes = {
             "/v2/health/live": _Route("health", "GET", self._live),
@@ -72,7 +73,7 @@ class App:
         }
 
     def _name_version(self, version: str) -> None:
-        self._headers = f"X-Slipway-Version: {version}\r\n"
+        self._headers = ((b"x-slipway-version", version.encode()),)
 
     def serve(self, model: Model) -> None:
         """Be ready: answer with `model` from now on."""
@@ -95,8 +96,9 @@ class App:
         self._metrics.ready.set(1)
 
     def drain(self) -> None:
-        """Be ready no more; requests are still answered."""
+        """Be ready no more; requests are still answered, and their connections end in good order."""
         self._waiting_for = "this replica is draining"
+        self._headers += ((b"connection", b"close"),)
         self._metrics.ready.set(0)
 
     def close(self) -> None:
@@ -113,14 +115,13 @@ class App:
                 label, response = "other", self._unknown(request.path)
             elif request.method != route.method and (request.method, route.method) != ("HEAD", "GET"):
                 label, response = route.label, self.error(405, f"{request.path} takes {route.method} only")
-                response = response._replace(headers=f"{response.headers}Allow: {route.method}\r\n")
+                response = _with(response, b"allow", route.method.encode())
             else:
                 label, response = route.label, await route.handler(request.body)
         except RequestError as error:
             response = self.error(400, str(error))
         except OverloadError as error:
-            response = self.error(429, str(error))
-            response = response._replace(headers=f"{response.headers}Retry-After: 1\r\n")
+            response = _with(self.error(429, str(error)), b"retry-after", b"1")
         except TransientError as error:
             response = self.error(503, str(error))
         except Exception as error:  # noqa: BLE001  # the client gets a 500, the log gets the place
@@ -137,10 +138,10 @@ class App:
 
     def error(self, status: int, message: str) -> Response:
         """Make an error's response."""
-        return Response(status, _encode({"error": message}), headers=self._headers)
+        return self._json({"error": message}, status)
 
     def _json(self, value: object, status: int = 200) -> Response:
-        return Response(status, _encode(value), headers=self._headers)
+        return Response(status, _encode(value), (*self._headers, (b"content-type", b"application/json")))
 
     def _unknown(self, path: str) -> Response:
         if self._model is None:
@@ -161,7 +162,8 @@ class App:
         return self._json({"ready": True})
 
     async def _exposition(self, _: bytes) -> Response:
-        return Response(200, self._metrics.exposition(), CONTENT_TYPE, self._headers)
+        headers = (*self._headers, (b"content-type", CONTENT_TYPE.encode()))
+        return Response(200, self._metrics.exposition(), headers)
 
     async def _server_metadata(self, _: bytes) -> Response:
         model = self._served()
@@ -211,3 +213,7 @@ class App:
     def _served(self) -> Model:
         assert self._model is not None  # routed to only once a model is there
         return self._model
+
+
+def _with(response: Response, name: bytes, value: bytes) -> Response:
+    return response._replace(headers=(*response.headers, (name, value)))

@@ -111,9 +111,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return packages.seal(tmp_path_factory.mktemp("packages") / "ranker")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def replica(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
-    """A ready replica without Redis, shared by a module's tests."""
+    """A ready replica without Redis, shared by all tests that leave it as it is."""
     running = Replica(package, tmp_path_factory.mktemp("replica") / "log")
     try:
         running.wait_until_ready()

@@ -63,11 +63,14 @@ def store() -> Iterator[Store]:
         running.stop()
 
 
-@pytest.fixture
-def remembering(start: Start, store: Store) -> Replica:
-    replica = start(SLIPWAY_REDIS=str(store.socket))
-    replica.wait_until_ready()
-    return replica
+@pytest.fixture(scope="module")
+def remembering(package: Path, store: Store) -> Iterator[Replica]:
+    running = Replica(package, store.socket.with_name("log"), SLIPWAY_REDIS=str(store.socket))
+    try:
+        running.wait_until_ready()
+        yield running
+    finally:
+        running.close()
 
 
 def feedback(replica: Replica, request_id: str, item: str | int) -> int:
@@ -79,7 +82,7 @@ def shown(replica: Replica) -> tuple[str, list[str]]:
     return answer["request_id"], [entry["item"] for entry in answer["items"]]
 
 
-def test_feedback_is_a_hit_or_a_miss_and_counts_once(remembering: Replica, start: Start, store: Store) -> None:
+def test_feedback_is_a_hit_or_a_miss_and_counts_once(remembering: Replica, store: Store) -> None:
     request_id, items = shown(remembering)
     other_id, _ = shown(remembering)
     with store.client() as client:
@@ -109,7 +112,7 @@ def test_feedback_on_what_was_never_shown_gets_404(remembering: Replica) -> None
     assert (wrong.status, wrong.json["error"]) == (400, "the body: Object missing required field `item`")
 
 
-def test_recommendations_go_on_without_redis_and_feedback_comes_back_with_it(start: Start, tmp_path: Path) -> None:
+def test_recommendations_go_on_without_redis_and_feedback_comes_back_with_it(start: Start) -> None:
     with tempfile.TemporaryDirectory(prefix="slipway") as folder:
         store = Store(Path(folder) / "redis.sock")
         try:
@@ -137,7 +140,5 @@ def test_recommendations_go_on_without_redis_and_feedback_comes_back_with_it(sta
             store.stop()
 
 
-def test_without_redis_feedback_is_not_taken(start: Start) -> None:
-    replica = start()
-    replica.wait_until_ready()
+def test_without_redis_feedback_is_not_taken(replica: Replica) -> None:
     assert feedback(replica, "a", "b") == 503

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import shutil
 import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -46,13 +48,14 @@ def test_a_torn_file_is_refused(start: Start, package: Path, tmp_path: Path) -> 
     assert "model.onnx: corrupt, its SHA-256 is not the one that was sealed" in refused(start(folder))
 
 
-def test_a_sealed_model_that_answers_otherwise_is_refused(start: Start, package: Path, tmp_path: Path) -> None:
+def test_a_sealed_model_that_answers_otherwise_is_refused(package: Path, tmp_path: Path) -> None:
     folder = copied(package, tmp_path)
     other = seal(tmp_path / "other", seed=1)
     shutil.copy(other / "model.onnx", folder / "model.onnx")
     opened = packages_.load(package)
     packages_.seal(folder, "ranker", "fp32", opened.inputs, opened.outputs, opened.golden())
-    assert "is not the golden one" in refused(start(folder))
+    with pytest.raises(ModelError, match="is not the golden one"):
+        models.load(folder, "7", 1)
 
 
 def test_a_model_that_the_engine_cannot_load_is_refused(package: Path, tmp_path: Path) -> None:
@@ -94,6 +97,16 @@ def test_a_wrong_call_is_told_what_is_right(
     assert message in line
 
 
+def test_a_port_in_use_is_named(
+    replica: Replica, package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--package", str(package), "--version", "1", "--port", str(replica.port)]
+    monkeypatch.setattr(sys, "argv", ["serving", *options])
+    assert main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"serving: port {replica.port}: in use by another program; give another --port"
+
+
 def test_a_golden_check_forgives_ties_and_other_processors_but_not_other_models() -> None:
     random = np.random.default_rng(0)
     scores = np.sort(random.normal(size=(8, 100)).astype(np.float32))[:, ::-1]
@@ -122,15 +135,12 @@ def test_golden_inputs_that_do_not_run_are_refused(package: Path, tmp_path: Path
         engines.verify(engines.OnnxEngine(packages_.load(folder), 1), packages_.load(folder))
 
 
-def test_a_replica_listens_on_loopback_alone_and_loads_nothing_heavy(start: Start) -> None:
-    replica = start()
-    replica.wait_until_ready()
+def test_a_replica_listens_on_loopback_alone_and_loads_nothing_heavy(replica: Replica) -> None:
     with pytest.raises(ConnectionRefusedError), socket.create_connection((_outer_address(), replica.port), timeout=2):
         pass
     maps = Path(f"/proc/{replica.process.pid}/maps").read_text()
     assert "onnxruntime" in maps
     assert not any(heavy in maps for heavy in ("libtorch", "pyarrow", "matplotlib"))
-    assert replica.stop() == 0
 
 
 def _outer_address() -> str:
@@ -142,96 +152,110 @@ def _outer_address() -> str:
         return str(probe.getsockname()[0])
 
 
-def test_a_drain_under_load_loses_nothing(start: Start) -> None:
-    replica = start()
-    replica.wait_until_ready()
-    answered, refused_connections, resets, wrong = [0], [0], [0], list[str]()
-    statuses: set[int] = set()
-    stopped = threading.Event()
+def test_a_replica_is_live_before_it_is_ready_and_ends_even_while_its_model_loads(
+    start: Start, package: Path, tmp_path: Path
+) -> None:
+    folder = copied(package, tmp_path)
+    (folder / packages_.MANIFEST).unlink()
+    os.mkfifo(folder / packages_.MANIFEST)  # whoever reads it waits for ever
+    replica = start(folder)
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        with suppress(ConnectionRefusedError):
+            assert replica.get("/v2/health/live").status == 200
+            break
+        time.sleep(0.02)
+    for path in ("/v2/health/ready", "/v1/recommend"):
+        reply = replica.get(path)
+        assert (reply.status, reply.json["error"]) == (503, "not ready: the model is being loaded and checked")
+    assert replica.stop() == 0
 
-    def client() -> None:
-        """Send one request after another on a kept connection until nobody listens any more."""
-        while not stopped.is_set():
-            connection = http.client.HTTPConnection("127.0.0.1", replica.port, timeout=10)
+
+class Load:
+    """Clients that send one request after another until nobody listens any more."""
+
+    def __init__(self, replica: Replica, clients: int) -> None:
+        self.statuses: list[int] = []
+        self.resets = 0
+        self.wrong: list[str] = []
+        self._port = replica.port
+        self._threads = [threading.Thread(target=self._client) for _ in range(clients)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for thread in self._threads:
+            thread.join(20)
+        assert not any(thread.is_alive() for thread in self._threads)
+
+    def _client(self) -> None:
+        while True:
+            connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=10)
             try:
                 connection.connect()
             except ConnectionRefusedError:
-                refused_connections[0] += 1
                 return
             try:
-                while True:
-                    connection.request("POST", "/v1/recommend", BODY)
-                    response = connection.getresponse()
-                    response.read()
-                    statuses.add(response.status)
-                    answered[0] += 1
-                    if response.will_close:
-                        break
+                self._use(connection)
             except ConnectionResetError:
-                resets[0] += 1  # at the end the kernel resets whom nobody accepted any more: it was never served
+                self.resets += 1
             except (OSError, http.client.HTTPException) as error:
-                wrong.append(repr(error))
+                self.wrong.append(repr(error))
+                return
             finally:
                 connection.close()
 
-    clients = [threading.Thread(target=client) for _ in range(4)]
-    for thread in clients:
-        thread.start()
-    try:
-        time.sleep(0.5)
-        assert replica.stop() == 0
-    finally:
-        stopped.set()
-        for thread in clients:
-            thread.join(10)
-    assert wrong == []
-    assert statuses == {200}
-    assert resets[0] <= 4
-    assert answered[0] > 20
-    assert refused_connections[0] == 4
+    def _use(self, connection: http.client.HTTPConnection) -> None:
+        """Send requests until the answer says that the connection ends."""
+        while True:
+            connection.request("POST", "/v1/recommend", BODY)
+            response = connection.getresponse()
+            response.read()
+            self.statuses.append(response.status)
+            if response.will_close:
+                return
 
 
-def test_a_draining_replica_is_live_but_not_ready_and_lets_a_begun_request_finish(start: Start) -> None:
+def test_a_drain_under_load_answers_all_that_it_accepted(start: Start) -> None:
     replica = start()
     replica.wait_until_ready()
-    with socket.create_connection(("127.0.0.1", replica.port), timeout=10) as slow:
-        head = f"POST /v1/recommend HTTP/1.1\r\nHost: h\r\nContent-Length: {len(BODY)}\r\n\r\n".encode()
-        slow.sendall(head + BODY[:5])
+    with Load(replica, clients=4) as load:
+        time.sleep(0.5)
+        assert replica.stop() == 0
+    assert load.wrong == []
+    assert set(load.statuses) == {200}
+    assert len(load.statuses) > 20
+    # Whoever connects in the moment in which the socket closes is reset before anything was read; the next time it is
+    # refused. Behind the gateway this is a failed try on a replica that is out of its routing since the drain began.
+    assert load.resets <= 4
+
+
+def test_a_draining_replica_is_live_but_not_ready_and_lets_requests_finish_for_a_while(start: Start) -> None:
+    replica = start(SLIPWAY_SERVE=json.dumps({"drain_s": 2}))
+    replica.wait_until_ready()
+    head = f"POST /v1/recommend HTTP/1.1\r\nHost: h\r\nContent-Length: {len(BODY)}\r\n\r\n".encode()
+    slow, stuck = (socket.create_connection(("127.0.0.1", replica.port), timeout=10) for _ in range(2))
+    with slow, stuck:
+        for client in (slow, stuck):
+            client.sendall(head + BODY[:5])
         time.sleep(0.1)
         replica.process.terminate()
         end = time.monotonic() + 5
         while (ready := replica.get("/v2/health/ready")).status == 200 and time.monotonic() < end:
             time.sleep(0.01)
         assert (ready.status, ready.json["error"]) == (503, "not ready: this replica is draining")
-        assert replica.get("/v2/health/live").status == 200
+        assert (live := replica.get("/v2/health/live")).status == 200
+        assert live.headers["connection"] == "close"
         time.sleep(0.5)  # the socket that listens is closed by now
         slow.sendall(BODY[5:])
         answer = slow.recv(65_536)
-    assert answer.startswith(b"HTTP/1.1 200 OK")
-    assert b"Connection: close" in answer
-    assert replica.process.wait(10) == 0
-
-
-def test_a_request_that_never_ends_does_not_hold_a_drain_for_ever(start: Start) -> None:
-    replica = start(SLIPWAY_SERVE=json.dumps({"drain_s": 0.5}))
-    replica.wait_until_ready()
-    with socket.create_connection(("127.0.0.1", replica.port), timeout=10) as stuck:
-        stuck.sendall(b"POST /v1/recommend HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\n")
-        time.sleep(0.1)
-        began = time.monotonic()
-        assert replica.stop() == 0
-        assert time.monotonic() - began < 5
-
-
-def test_a_killed_replica_comes_up_again_on_its_port(start: Start) -> None:
-    replica = start()
-    replica.wait_until_ready()
-    replica.post("/v1/recommend", BODY)
-    replica.process.kill()
-    replica.process.wait()
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", replica.port))
+        assert answer.startswith(b"HTTP/1.1 200 OK")
+        assert b"connection: close" in answer
+        assert stuck.recv(65_536).startswith(b"HTTP/1.1 503 ")
+    assert replica.process.wait(5) == 0
 
 
 def test_more_requests_than_may_wait_are_sent_away_and_the_others_served(start: Start) -> None:
