@@ -72,6 +72,8 @@ class Figures:
     max_ms: float
     lag_p99_ms: float
     """The generator's own lag, contained in the latencies."""
+    service_p99_ms: float
+    """P99 without that lag: from the moment a request was really sent."""
 
     @property
     def failed_ratio(self) -> float:
@@ -153,6 +155,7 @@ class Replay:
             p99_ms=quantile(latencies, 0.99),
             max_ms=quantile(latencies, 1.0),
             lag_p99_ms=quantile(sorted(a.lag_ms for a in answers), 0.99),
+            service_p99_ms=quantile(sorted(a.latency_ms - a.lag_ms for a in answers), 0.99),
         )
 
     def _work(self) -> None:

@@ -104,7 +104,7 @@ def brief(params: Params) -> Params:
     return params.model_copy(
         update={
             "canary": CanaryParams(step_weights=(0.2, 0.5), interval_s=3.0, min_requests=20, replay_rate_rps=60.0),
-            "chaos": ChaosParams(rate_rps=50.0, duration_s=3.0),
+            "chaos": ChaosParams(rate_rps=50.0, duration_s=3.0, max_p99_ms=1000.0, max_recovery_s=30.0),
             "promote": PromoteParams(warm_s=2.0),
             "slo": SloParams(p99_ms=500.0, max_error_ratio=0.02),  # a busy machine keeps them
         }
