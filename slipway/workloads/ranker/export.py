@@ -36,7 +36,7 @@ class Export:
         about = artifacts.read_json(trained / "model.json")
         self.params = RankerParams.model_validate({k: about[k] for k in RankerParams.model_fields})
         try:
-            with np.load(trained / "weights.npz", allow_pickle=False) as stored:
+            with (trained / "weights.npz").open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
                 self.weights = dict(stored)
             shape = self.weights["item.weight"].shape
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:

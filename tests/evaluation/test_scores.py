@@ -1,0 +1,33 @@
+"""Gates of a candidate, and its comparison with the champion."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from slipway.config import EvaluateParams
+from slipway.evaluation import scores
+
+LIMITS = EvaluateParams(min_metric=0.1, max_champion_drop=0.05, max_latency_ms=10.0)
+
+
+def failed(metric: float, champion: float | None, p99_ms: float) -> set[str]:
+    values = np.full(100, metric)
+    against = None if champion is None else scores.against("3", values, np.full(100, champion))
+    return {gate.name for gate in scores.gates(LIMITS, metric, against, p99_ms) if not gate.passed}
+
+
+def test_each_gate_fails_for_its_own_reason_alone() -> None:
+    assert failed(0.2, None, 5.0) == set()
+    assert failed(0.05, None, 5.0) == {"min_metric"}
+    assert failed(0.2, 0.3, 5.0) == {"max_champion_drop"}
+    assert failed(0.2, 0.205, 5.0) == set()
+    assert failed(0.2, None, 11.0) == {"max_latency_ms"}
+
+
+def test_two_models_are_compared_sample_by_sample() -> None:
+    rng = np.random.default_rng(0)
+    champion = rng.random(1000)
+    found = scores.against("3", champion + 0.01, champion)
+    assert found.low > 0.009  # every sample is better: paired, chance has no part in it
+    shuffled = scores.against("3", rng.permutation(champion), champion)
+    assert shuffled.low < 0 < shuffled.high

@@ -1,0 +1,154 @@
+"""Laws of the ranker and its exports, and its metrics against naive references."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slipway.compression import engine
+from slipway.config import TrainParams
+from slipway.errors import DataError
+from slipway.workloads.ranker import metrics, scoring
+from slipway.workloads.ranker.graph import OUTPUT, RankerGraph
+from slipway.workloads.ranker.model import Ranker
+from slipway.workloads.ranker.params import RankerParams
+from slipway.workloads.ranker.training import RankerTask, windows
+from tests.ranker import data
+
+ITEMS = 40
+PARAMS = RankerParams(width=16, blocks=2, heads=2, max_length=12)
+histories = st.lists(st.integers(1, ITEMS), min_size=1, max_size=9)
+
+
+def _model() -> Ranker:
+    torch.manual_seed(3)
+    model = Ranker(ITEMS, PARAMS).eval()
+    with torch.no_grad():
+        model.item.weight[1:].normal_()
+        model.place.weight.normal_(std=0.3)
+    return model
+
+
+MODEL = _model()
+WEIGHTS = {name: value.detach().numpy() for name, value in MODEL.state_dict().items()}
+FP32 = engine.load(RankerGraph(WEIGHTS, PARAMS).build(), "fp32")
+
+
+def answer(rows: list[list[int]], length: int | None = None) -> list[np.ndarray]:
+    longest = length or max(map(len, rows))
+    history = np.array([[0] * (longest - len(row)) + row for row in rows], dtype=np.int64)
+    return list(FP32(["items", "scores", "logits"], {"history": history}))
+
+
+@given(history=histories, padding=st.integers(0, 3))
+def test_padding_on_the_left_changes_nothing(history: list[int], padding: int) -> None:
+    bare, padded = answer([history]), answer([history], len(history) + padding)
+    np.testing.assert_allclose(bare[2], padded[2], atol=1e-4)
+
+
+@given(batch=st.lists(histories, min_size=1, max_size=5))
+def test_a_batched_answer_is_the_single_answer(batch: list[list[int]]) -> None:
+    together = answer(batch)[2]
+    for row, history in zip(together, batch, strict=True):
+        np.testing.assert_allclose(row, answer([history])[2][0], atol=1e-4)
+
+
+@given(history=histories)
+def test_the_export_gives_the_model_s_logits_and_shows_the_best_unseen_items(history: list[int]) -> None:
+    items, scores, logits = (value[0] for value in answer([history]))
+    with torch.no_grad():
+        expected = MODEL.logits(torch.tensor([history]))[0].numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    free = [item for item in range(1, ITEMS + 1) if item not in history]
+    assert set(items[: len(free)].tolist()) == set(free)
+    assert np.isneginf(scores[len(free) :]).all()
+    assert (np.diff(scores[: len(free)]) <= 0).all()
+
+
+def test_int8_ranks_nearly_as_fp32_does() -> None:
+    probe = RankerGraph(WEIGHTS, PARAMS)
+    run = engine.load(probe.build(probe=True), "probe")
+    history = np.random.default_rng(0).integers(1, ITEMS + 1, size=(64, 9))
+    ranges = engine.ranges(run, [name.removeprefix("range.") for name in probe.probes], [{"history": history}])
+    whole, output = RankerGraph(WEIGHTS, PARAMS, ranges), RankerGraph(WEIGHTS, PARAMS, {OUTPUT: ranges[OUTPUT]})
+    expected = FP32(["logits"], {"history": history})[0]
+    for graph, least in ((whole, 0.98), (output, 0.995)):
+        logits = engine.load(graph.build(), "int8")(["logits"], {"history": history})[0]
+        assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > least
+
+
+def test_the_loss_is_the_cross_entropy_when_all_items_are_negatives() -> None:
+    history, target = torch.tensor([[0, 3, 5]]), torch.tensor([[0, 5, 9]])
+    with torch.no_grad():
+        loss = MODEL(history, target, torch.arange(1, ITEMS + 1))
+        logits = MODEL.encode(history)[0] @ MODEL.item.weight.T
+        expected = torch.nn.functional.cross_entropy(logits[1:, 1:], target[0, 1:] - 1)
+    assert float(loss) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_windows_make_every_training_item_a_target_once() -> None:
+    offsets = np.cumsum([0, 3, 4, 12, 2, 30])
+    begin, end = windows(offsets, 5)
+    targets = sorted(at for b, e in zip(begin, end, strict=True) for at in range(b + 1, e))
+    expected = [at for b, e in itertools.pairwise(offsets) for at in range(b + 1, e - 2)]
+    assert targets == expected
+    assert (end - begin).max() == 6
+
+
+def test_the_ranks_share_an_epoch_without_overlap_and_it_is_the_same_each_time(tmp_path: Path) -> None:
+    folder = data.write(tmp_path, data.steps(users=50, items=20))
+    train = TrainParams(batch_size=4, world_size=2)
+    task = RankerTask(folder, train, PARAMS)
+    mine, other, again = task.epoch(3, 0), task.epoch(3, 1), RankerTask(folder, train, PARAMS).epoch(3, 0)
+    assert len(mine) == len(other) == math.ceil(50 / 8)
+    assert sorted(np.concatenate([*mine.batches, *other.batches]).tolist()) == list(range(50))
+    for one, two in zip(mine, again, strict=True):
+        assert all((one[name] == two[name]).all() for name in one)
+
+
+def test_too_few_users_for_the_processes_are_refused(tmp_path: Path) -> None:
+    folder = data.write(tmp_path, [[1, 2, 3, 4]])
+    with pytest.raises(DataError, match="1 training sequences for 2 processes"):
+        RankerTask(folder, TrainParams(world_size=2), PARAMS)
+
+
+def test_the_full_metric_is_that_of_a_naive_ranking(tmp_path: Path) -> None:
+    users = data.steps(users=30, items=ITEMS, seed=1, shortest=4, longest=10)
+    folder = data.write(tmp_path, users, items=ITEMS)
+    (folder / "items.json").write_text(
+        '{"max_length": 12, "keys": [' + ", ".join(f'"item-{i}"' for i in range(1, ITEMS + 1)) + "]}"
+    )
+    samples = scoring.samples(folder, "test", 0, 0)
+    found = scoring.score(FP32, samples, folder)
+    for at, events in enumerate(users):
+        *history, truth = events
+        with torch.no_grad():
+            logits = MODEL.logits(torch.tensor([history]))[0]
+        free = [item for item in range(1, ITEMS + 1) if item not in history]
+        ahead = sum(float(logits[item]) > float(logits[truth]) for item in free)
+        assert found["hr_at_10"][at] == (ahead < 10)
+        assert found["ndcg_at_10"][at] == pytest.approx(1 / math.log2(ahead + 2) if ahead < 10 else 0)
+
+
+def test_the_sampled_metric_counts_ties_against_the_model() -> None:
+    logits = np.array([[0.0, 5.0, 3.0, 3.0, 1.0]])
+    ranks = metrics.sampled_ranks(logits, np.array([2]), np.array([[1, 3, 4, 0]]))
+    assert ranks.tolist() == [2]  # behind item 1, level with item 3; id 0 is no negative
+    assert metrics.gains(ranks).tolist() == pytest.approx([0.5])
+    assert metrics.gains(np.array([0, 9, 10])).tolist() == pytest.approx([1, 1 / math.log2(11), 0])
+
+
+def test_negatives_are_items_that_the_user_has_not_seen() -> None:
+    seen = np.array([[0, 1, 2], [3, 4, 5]])
+    negatives = metrics.draw_negatives(np.random.default_rng(0), seen, 6)
+    assert not set(negatives[0].tolist()) & {1, 2}
+    assert set(negatives[1].tolist()) == {1, 2, 6}
+    everything = metrics.draw_negatives(np.random.default_rng(0), np.array([[1, 2]]), 2)
+    assert (everything == 0).all()
