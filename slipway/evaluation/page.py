@@ -54,7 +54,7 @@ def _title(metric: str) -> str:
 
 def _gates(found: Mapping[str, Any]) -> Table:
     rows = [
-        (f"evaluate.{gate['name']}", gate["value"], gate["limit"], "passed" if gate["passed"] else "FAILED")
+        (f"evaluate.{gate['name']}", gate["value"], gate["limit"], "passed" if gate["passed"] else "failed")
         for gate in found["gates"]
     ]
     return Table("limits of params.yaml", ("gate", "measured", "limit", "verdict"), rows)
@@ -109,7 +109,14 @@ def _curve(curve: Sequence[Mapping[str, Any]], metric: str) -> Plot:
     right.spines[["top", "right", "left", "bottom"]].set_visible(False)
     right.set_ylabel(f"{_title(metric)}, validation")
     (value,) = right.plot(epochs, [point["metric"] for point in curve], color="#e07b39", marker=mark, markersize=3)
-    axes.legend([loss, value], ["loss (left)", f"{_title(metric)} (right)"], frameon=False, loc="center right")
+    axes.legend(
+        [loss, value],
+        ["loss (left)", f"{_title(metric)} (right)"],
+        frameon=False,
+        ncols=2,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+    )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return Plot("learning curve; the weights of the epoch with the best validation metric are kept", figure)
 
@@ -124,7 +131,8 @@ def _speed(found: Mapping[str, Any]) -> Table:
 
 def _histogram(latencies: Mapping[str, npt.NDArray[np.float64]]) -> Plot:
     figure, axes = canvas("ms", "predictions")
-    longest = max(float(np.quantile(values, 0.99)) for values in latencies.values()) * 1.1
+    # A busy machine's few stalls must not squeeze the shape into one bar.
+    longest = max(min(float(np.quantile(v, 0.99)), 4 * float(np.median(v))) for v in latencies.values()) * 1.1
     edges = np.linspace(0, longest, 60).tolist()
     for precision, values in latencies.items():
         axes.hist(np.minimum(values, longest), bins=edges, alpha=0.65, label=precision.upper())
