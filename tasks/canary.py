@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -43,9 +42,11 @@ def run(params: Params, report: Report) -> None:
             return
         path, samples = replay.samples(params.workload, release.version)
         traffic = replay.Replay(platform.gateway_url, path, samples, params.canary.replay_rate_rps)
-        with traffic if params.canary.replay_rate_rps else nullcontext():
-            _Canary(platform, Limits(params.canary, params.slo), report).run(routing)
-        report["replayed"] = asdict(traffic.figures())
+        try:
+            with traffic:
+                _Canary(platform, Limits(params.canary, params.slo), report).run(routing)
+        finally:
+            report["replayed"] = asdict(traffic.figures())
         history.append("canary", params.workload, release.version, verdict=Verdict.ADVANCE)
 
 
@@ -132,6 +133,7 @@ class _Canary:
         back = Routing(routing.champion, routing.canary, 0.0) if routing.champion else Routing()
         state.move(self.platform, routing, back)
         zero_at = time.monotonic()
+        self.report["reasons"] = judgement.reasons
         self.report["seconds_verdict_to_zero_traffic"] = round(zero_at - verdict_at, 3)
         if (first := self._first_bad(judgement)) is not None:
             self.report["seconds_first_bad_to_zero_traffic"] = round(zero_at - first, 3)

@@ -154,7 +154,10 @@ def test_a_bad_candidate_is_rolled_back_and_no_user_notices(one: World, name: st
     print({key: value for key, value in report.items() if key.startswith("seconds")})
     assert report["status"] == "failed"
     assert report["steps"][-1]["verdict"] == "rollback"
+    assert report["reasons"] == report["steps"][-1]["reasons"]
+    assert report["replayed"]["failed"] == 0 < report["replayed"]["requests"]
     assert report["seconds_verdict_to_zero_traffic"] < 2
+    assert report["seconds_first_bad_to_zero_traffic"] > 0
     assert not [a for a in users.answers if a.due_s > zero_s and a.track == "canary"]
     assert one.routing == Routing(champion=champion)
     assert set(one.service.platform.status().replicas) == {champion}
