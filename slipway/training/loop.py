@@ -7,6 +7,7 @@ weights, bit for bit, as one that was never stopped.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import math
 import time
@@ -84,6 +85,8 @@ class State:
 def train(job: Job) -> State:
     """Train in `job.train.world_size` processes, from the newest whole checkpoint if there is one.
 
+    Waits while another call trains with the same checkpoints.
+
     Writes `weights.npz` (float32 arrays by parameter name, of the best epoch) and `model.json` into `job.out`.
 
     Raises:
@@ -91,7 +94,12 @@ def train(job: Job) -> State:
         CheckpointError: a whole checkpoint does not fit the model.
         TransientError: a process was killed; the next call goes on.
     """
-    state: State = processes.run(job.train.world_size, _rank, job, checkpoints.newest(job.checkpoints))
+    job.checkpoints.parent.mkdir(parents=True, exist_ok=True)
+    with job.checkpoints.with_suffix(".lock").open("a") as lock:
+        # Held by every process: those of a killed run may outlive it for a moment and must not write meanwhile.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        newest, held = checkpoints.newest(job.checkpoints), processes.Held(lock.fileno())
+        state: State = processes.run(job.train.world_size, _rank, job, newest, held)
     return state
 
 
@@ -114,7 +122,7 @@ def learning_rate(peak: float, step: int, steps: int) -> float:
     return peak * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def _rank(rank: int, world_size: int, meeting: str, job: Job, resume: Path | None) -> State:
+def _rank(rank: int, world_size: int, meeting: str, job: Job, resume: Path | None, held: processes.Held) -> State:
     return _Loop(rank, world_size, meeting, job).run(resume)
 
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing import reduction
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -54,6 +55,20 @@ def run(world_size: int, work: Callable[..., Any], *arguments: Any) -> Any:
             return _gather(ranks)
         finally:
             _end(list(ranks.values()))
+
+
+class Held:
+    """An open file that travels to the processes: a lock on it lasts until the caller and all of them are gone."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> tuple[Callable[[Any], Held], tuple[Any]]:
+        return _received, (reduction.DupFd(self.number),)
+
+
+def _received(travelled: Any) -> Held:
+    return Held(travelled.detach())
 
 
 def _gather(ranks: dict[Connection, ForkServerProcess]) -> Any:
