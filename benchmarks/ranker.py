@@ -2,7 +2,7 @@
 
     python -m benchmarks.ranker PATH/TO/video_games.txt [--epochs 60]
 
-Published: HR@10 .741, NDCG@10 .536 (100 sampled negatives, all users; RecTools-like implementations vary). Prints a
+Published: HR@10 .741, NDCG@10 .536 (100 sampled negatives, all users). Prints a
 table and writes benchmarks/results/ranker.json. The full run takes about 10 minutes on 2 quiet cores.
 """
 

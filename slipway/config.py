@@ -87,11 +87,11 @@ class ValidateParams(Section):
 class TrainParams(Section):
     """How the model is trained; what the model is stands in the workload's own section."""
 
-    epochs: Annotated[int, Field(ge=1, le=10_000), turn()] = 10
+    epochs: Annotated[int, Field(ge=1, le=10_000), turn()] = 16
     """Passes over the training data (1..10000)."""
-    batch_size: Count = 256
+    batch_size: Count = 64
     """Samples a step on one process: the micro-batch (1 or more)."""
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive = 2e-3
     """Peak learning rate of AdamW (over 0)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of AdamW (0 or more)."""
@@ -116,7 +116,7 @@ class CompressParams(Section):
     """Training samples that the INT8 ranges are read from (1 or more)."""
     max_drop: Share = 0.02
     """Largest loss of the workload's metric on validation data that INT8 may cost, relative (0..1)."""
-    min_speedup: Positive = 1.1
+    min_speedup: Positive = 1.05
     """Least ratio of FP32 to INT8 latency, one thread, that makes INT8 worth it (over 0)."""
 
 

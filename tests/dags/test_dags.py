@@ -106,7 +106,7 @@ def test_promote_decides_and_rollback_stands_beside_it(seen: dict[str, Any]) -> 
 
 def test_the_form_is_params_yaml_and_refuses_what_it_does_not_allow(seen: dict[str, Any]) -> None:
     form = seen["form"]["pipeline"]
-    assert form["train.epochs"]["value"] == 10
+    assert form["train.epochs"]["value"] == 16
     assert form["train.epochs"]["maximum"] == 10_000
     assert form["train.epochs"]["section"] == "Train"
     assert form["train.epochs"]["description"]

@@ -12,7 +12,7 @@ from slipway.config import Count, Section
 class RankerParams(Section):
     """SASRec (Kang and McAuley 2018, arXiv:1808.09781) with a sampled softmax."""
 
-    width: Annotated[int, Field(ge=8, le=4096)] = 64
+    width: Annotated[int, Field(ge=8, le=4096)] = 128
     """Width of the item embeddings and of every block (8..4096, a multiple of heads)."""
     blocks: Annotated[int, Field(ge=1, le=48)] = 2
     """Self-attention blocks (1..48)."""
