@@ -144,12 +144,12 @@ def _summarise(console: Console, params: Params, airflow: Airflow, good: Snapsho
     console.print(_metrics(_reports(good)))
     canary = artifacts.read_json(_reports(bad) / "canary.json")
     console.print(
-        f"\n[bold]The bad model[/] was rolled back: {'; '.join(canary['reasons'])}\n"
-        f"{canary['seconds_first_bad_to_zero_traffic']:.1f} s from its first bad answer to zero traffic; "
-        f"{canary['replayed']['failed']} of {canary['replayed']['requests']} requests failed."
+        f"\n[bold]The bad model[/] was rolled back: {'; '.join(canary['reasons'])}.\n"
+        f"{canary['seconds_verdict_to_zero_traffic']:.2f} s from the verdict to zero traffic; "
+        f"{canary['replayed']['failed']} of {canary['replayed']['requests']} users' requests failed."
     )
     console.print(_places(params, airflow, console.is_terminal))
-    console.print(_try_it(params))
+    console.print(_try_it(params), soft_wrap=True)
 
 
 def _reports(snapshot: Snapshot) -> Path:
@@ -178,7 +178,7 @@ def _metrics(reports: Path) -> Table:
 
 def _places(params: Params, airflow: Airflow, may_show_password: bool) -> Table:
     secret = artifacts.read_json(_password_file())[USER] if may_show_password else f"in {_password_file()}"
-    table = Table("where", "address", "login", title="\nLook around", **LOOK)
+    table = Table("where", "address", Column("login", overflow="fold"), title="\nLook around", **LOOK)
     table.add_row("Airflow", airflow.url, f"user {USER}, password {secret}")
     table.add_row("MLflow", f"http://127.0.0.1:{params.stack.mlflow_port}", "none: loopback only")
     table.add_row("Prometheus", f"http://127.0.0.1:{params.stack.prometheus_port}", "none: loopback only")

@@ -40,6 +40,8 @@ class Snapshot:
     run: str
     state: str
     tasks: tuple[Task, ...]
+    seconds: float
+    """Time since the run began, or that it took."""
 
     @property
     def ended(self) -> bool:
@@ -107,9 +109,10 @@ class Airflow:
 
     def _snapshot(self, dag: str, run: str, order: list[str]) -> Snapshot:
         path = f"/api/v2/dags/{dag}/dagRuns/{urllib.parse.quote(run)}"
-        state = str(self._call("GET", path)["state"])
+        told = self._call("GET", path)
         instances = {t["task_id"]: t for t in self._call("GET", f"{path}/taskInstances?limit=100")["task_instances"]}
-        return Snapshot(dag, run, state, tuple(self._task(path, name, instances.get(name, {})) for name in order))
+        tasks = tuple(self._task(path, name, instances.get(name, {})) for name in order)
+        return Snapshot(dag, run, str(told["state"]), tasks, _seconds(told))
 
     def _task(self, path: str, name: str, instance: Mapping[str, Any]) -> Task:
         state = instance.get("state") or "waiting"
