@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import re
+import subprocess
+
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+SOURCES = (".py", ".lua", ".j2", ".sh", ".yaml", ".toml")
+
+
+def test_the_tree_names_every_source_file() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    tree = README.split("## The tree")[1]
+    missing = [
+        path
+        for path in tracked
+        if path.endswith(SOURCES)
+        and not path.startswith("tests/")
+        and not path.endswith("__init__.py")
+        and path.split("/")[-1] not in tree
+    ]
+    assert missing == [], "add a line for each to the README's tree"
+
+
+def test_every_command_of_make_that_the_readme_names_is_there() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"make ([a-z]+)", README))
+    assert {"demo", "test", "down"} <= named <= targets
+
+
+def test_every_path_that_the_readme_links_is_there() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_stage_stands_in_the_table() -> None:
+    stages = {path.stem for path in (ROOT / "tasks").glob("*.py")} - {"__init__"}
+    assert stages == set(re.findall(r"^\| `([a-z]+)` \|", README, flags=re.MULTILINE))
