@@ -167,7 +167,7 @@ def test_a_record_holds_every_figure_and_filling_it_again_changes_nothing(home: 
     assert filled.info.status == "FINISHED"
     assert filled.data.metrics["evaluate/metrics.int8.hr_at_10"] == 0.25
     assert filled.data.params["train.epochs"] == str(config.load(folder / "params.yaml").train.epochs)
-    assert filled.data.params["ranker.width"] == "64"
+    assert filled.data.params["ranker.width"] == str(config.load(folder / "params.yaml").model.model_dump()["width"])
     tags = filled.data.tags
     assert (tags["stage.ingest"], tags["stage.train"], tags["version"]) == ("restored", "done", "4")
     curve = client.get_metric_history(mlflow_run, "curve/loss")
