@@ -1,4 +1,4 @@
-"""What all tests share: parts that a test needs, and where the real data lie."""
+"""What all tests share: the programs that a test needs, free ports, one profile for laws."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ hypothesis.settings.load_profile("slipway")
 pytest_plugins = ("tests.platforms.stand",)
 
 ROOT = Path(__file__).parents[1]
-SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 def needs(*programs: str) -> pytest.MarkDecorator:
@@ -30,12 +29,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="session")
-def video_games() -> Path:
-    """Amazon Video Games: 287,107 events, `user item` a line, in time order per user."""
-    path = SHARED_DATA / "video_games.txt"
-    if not path.exists():
-        pytest.skip(f"{path} is absent")
-    return path
