@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from slipway.errors import ParamsError
 
@@ -65,6 +66,13 @@ class IngestParams(Section):
     """Memory that reading and sorting may use (MB, 128 or more); what does not fit goes to disk."""
     distributions: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("pandas",)
     """Installed Python distributions that the `imports` data set is mined from."""
+
+    @field_validator("source")
+    @classmethod
+    def _bears_no_password(cls, source: str) -> str:
+        if "://" in source and urlsplit(source).password:
+            raise ValueError("a password in the URL would get into reports and commits; give it by the environment")
+        return source
 
 
 class ValidateParams(Section):
@@ -355,8 +363,9 @@ def _explain(model: type[BaseModel], problem: Any, path: Path, prefix: str) -> s
         names = sorted(info.alias or name for name, info in parent.model_fields.items() if not info.exclude)
         return f"{path}: {key}: unknown key; allowed here: {', '.join(names)}"
     help_text = f"; allowed: {field.description}" if field is not None and field.description else ""
-    got = repr(problem["input"])
-    return f"{path}: {key}: {problem['msg']} (got {got[:80]}){help_text}"
+    # Our own checks tell what they got, where it is no secret.
+    got = "" if problem["type"] == "value_error" else f" (got {repr(problem['input'])[:80]})"
+    return f"{path}: {key}: {problem['msg']}{got}{help_text}"
 
 
 def _walk(model: type[BaseModel], location: list[str]) -> tuple[type[BaseModel], Any]:

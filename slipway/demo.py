@@ -23,7 +23,7 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from slipway import artifacts, config, store, tracking, workspace
+from slipway import artifacts, config, loopback, store, tracking, workspace
 from slipway.config import Params
 from slipway.errors import PlatformError, SlipwayError
 from slipway.platforms.local.airflow import USER, password_file
@@ -192,7 +192,7 @@ def _try_it(params: Params) -> str:
     path, samples = replay.samples(params.workload, version)
     body = {**samples[0]["request"], "k": 5}
     url = f"http://127.0.0.1:{params.stack.gateway_port}{path}"
-    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=5.0) as answer:
+    with loopback.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=5.0) as answer:
         told = json.dumps(json.load(answer))
     return f"\n[bold]Try it[/]\ncurl -s {url} -d {shlex.quote(json.dumps(body))}\n{rich.markup.escape(told)}"
 

@@ -13,6 +13,7 @@ from datetime import datetime
 from graphlib import TopologicalSorter
 from typing import Any
 
+from slipway import loopback
 from slipway.errors import PlatformError, TransientError
 
 TIMEOUT_S = 30.0
@@ -140,7 +141,7 @@ class Airflow:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            with loopback.urlopen(request, timeout=TIMEOUT_S) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             told = error.read().decode(errors="replace")

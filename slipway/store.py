@@ -22,7 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from slipway import config, locks
+from slipway import config, locks, loopback
 from slipway.errors import RegistryError, TransientError
 
 PROBE_S, TIMEOUT_S = 5.0, 30.0  # a server that does not say within the first who it is, is passed by
@@ -98,8 +98,6 @@ class Rest:
 
     def __init__(self, uri: str, timeout_s: float = TIMEOUT_S) -> None:
         self._uri, self._timeout_s = uri.rstrip("/"), timeout_s
-        # Loopback never goes through a proxy that the environment may name.
-        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
     def call(self, method: str, path: str, **fields: Any) -> dict[str, Any]:
         """Make one call; the answer as plain JSON.
@@ -115,7 +113,7 @@ class Rest:
             body = json.dumps(fields).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method=method)
         try:
-            with self._open(request, timeout=self._timeout_s) as answer:
+            with loopback.urlopen(request, timeout=self._timeout_s) as answer:
                 value: dict[str, Any] = json.loads(answer.read() or b"{}")
                 return value
         except urllib.error.HTTPError as error:

@@ -12,6 +12,7 @@ import time
 
 from slipway import locks, platforms, stage
 from slipway.config import Params
+from slipway.errors import SlipwayError
 from slipway.platforms.base import Platform, Routing
 from slipway.progress import Progress
 from slipway.release import history, state
@@ -28,9 +29,7 @@ def run(params: Params, report: Report) -> None:
         routing = state.candidate_routing(platform, version)
         if routing.champion != version:
             began = time.monotonic()
-            # The history first: after a crash in between, a rollback finds `previous` serving and has nothing to do.
-            history.append("promote", params.workload, version, replaced=routing.champion)
-            state.move(platform, routing, Routing(champion=version))
+            _move(platform, params.workload, routing, version)
             report["seconds_to_route"] = round(time.monotonic() - began, 3)
         replaced = history.previous(params.workload)
         report["version"], report["replaced"] = version, replaced
@@ -39,6 +38,21 @@ def run(params: Params, report: Report) -> None:
     if replaced is not None and platform.status().replicas.get(replaced):
         _wait(f"version {replaced} stays warm", params.promote.warm_s)
         report["drained"] = _drain(platform, replaced)
+
+
+def _move(platform: Platform, workload: str, known: Routing, version: str) -> None:
+    """Send all users to `version`, if the traffic still is as `known`, and write it down."""
+    before = history.previous(workload)
+    with locks.held("routing"):
+        state.require(platform, known)
+        # The history first: after a crash in between, a rollback finds `previous` serving and has nothing to do.
+        history.append("promote", workload, version, replaced=known.champion)
+        try:
+            platform.route(Routing(champion=version))
+        except SlipwayError:
+            if known.champion is not None:  # it did not happen: what a rollback goes back to stays what it was
+                history.append("rollback", workload, known.champion, rolled_back=version, replaced=before)
+            raise
 
 
 def _wait(label: str, seconds: float) -> None:
@@ -51,12 +65,12 @@ def _wait(label: str, seconds: float) -> None:
 
 def _drain(platform: Platform, version: str) -> bool:
     """Remove a version's replicas; False: it serves users again and is left alone."""
-    with locks.held("routing"):
-        routing = platform.status().routing
-        if version in (routing.champion, routing.canary):
-            log.info("not drained, it serves users again version=%s", version)
-            return False
-        platform.remove(version)
+    routing = platform.status().routing
+    if version in (routing.champion, routing.canary):
+        log.info("not drained, it serves users again version=%s", version)
+        return False
+    # No lock, for which a rollback would have to wait: the platform refuses to remove what was routed to meanwhile.
+    platform.remove(version)
     return True
 
 

@@ -35,6 +35,7 @@ def run(params: Params, report: Report) -> None:
         report["canary"] = own and _end_canary(platform, params.workload, own)
         if own and own != platform.status().routing.champion:
             platform.remove(own)
+            report["aliases"] = _withdraw(params.workload, own)
         return
     canary = report["canary"] = _end_canary(platform, params.workload, None)
     report["seconds_to_route"] = round(time.monotonic() - began, 3)
@@ -57,6 +58,17 @@ def _deployed_here(reports: Path) -> str | None:
     except DataError:
         return None
     return str(version) if version else None
+
+
+def _withdraw(workload: str, version: str) -> bool:
+    """Take the alias `candidate` from a version that its release refused, so that the next does not try it again."""
+    try:
+        if tracking.alias(workload, "candidate") == version:
+            tracking.set_alias(workload, "candidate", None)
+    except SlipwayError as error:
+        log.warning("the refused version %s keeps the alias candidate: %s", version, error)
+        return False
+    return True
 
 
 def _end_canary(platform: Platform, workload: str, only: str | None) -> str | None:

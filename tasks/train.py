@@ -6,7 +6,6 @@ Reads data/ingest and data/accepted.json; writes models/trained (weights.npz, mo
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def run(params: Params, report: Report) -> None:
     report["train_seconds"] = round(state.seconds, 1)
     report["samples_per_s"] = round(state.samples / state.seconds, 1)
     report["curve"] = [asdict(point) for point in state.curve]
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    loop.forget(checkpoints)
 
 
 if __name__ == "__main__":

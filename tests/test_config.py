@@ -21,8 +21,7 @@ def params_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_file_says_the_same_as_the_defaults_of_the_code_or_says_why_not() -> None:
-    # The comments of params.yaml promise ranges; its values are the ones a newcomer gets. Both must pass the checks.
+def test_the_params_of_the_checkout_pass_their_own_checks() -> None:
     params = config.load(ROOT / "params.yaml")
     assert params.workload == "ranker"
     assert type(params.model).__name__ == "RankerParams"
@@ -57,6 +56,12 @@ def test_a_wrong_value_is_told_with_file_key_value_and_what_is_allowed(
         config.override(params_file, {key: value})
     assert f"{params_file}: {message}" in str(error.value)
     assert params_file.read_text() == before, "a refused value was half written"
+
+
+def test_a_password_in_a_url_is_refused_and_not_repeated(params_file: Path) -> None:
+    with pytest.raises(ParamsError, match="ingest.source: Value error, a password in the URL") as error:
+        config.override(params_file, {"ingest.source": "https://me:hush@example.org/events.csv"})
+    assert "hush" not in str(error.value)
 
 
 @pytest.mark.parametrize(

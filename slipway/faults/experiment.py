@@ -19,8 +19,8 @@ from slipway.platforms.base import Fault, Platform, Replica
 from slipway.release.replay import Figures, Replay
 
 POLL_S = 0.1
-SETTLE_S = 1.0
-"""The answers of the last requests have come by then."""
+SETTLE_S = 2.5
+"""The answers of the last requests have come by then: the gateway gives up its tries after 2.3 s."""
 EXAMPLES = 3
 STEADY_S = 5.0
 """Longest wait for the steady state before a fault."""
@@ -75,7 +75,11 @@ def experiment(platform: Platform, target: Replica, fault: Fault, traffic: Repla
     until_s = traffic.now_s()
     time.sleep(SETTLE_S)
     figures = traffic.figures(since_s, until_s)
-    failed = [f"{a.status} {a.error} after {a.latency_ms:.0f} ms" for a in traffic.answers.copy() if a.failed]
+    failed = [
+        f"{a.status} {a.error} after {a.latency_ms:.0f} ms"
+        for a in traffic.answers.copy()
+        if a.failed and since_s <= a.due_s < until_s
+    ]
     broken = tuple(_broken(figures, recovery_s, limits))
     return Finding(fault, target.name, figures, recovery_s, broken, tuple(failed[:EXAMPLES]))
 

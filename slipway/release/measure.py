@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from slipway import loopback
 from slipway.errors import PlatformError, TransientError
 from slipway.platforms.base import Routing
 from slipway.release.analysis import Histogram, Track, Window
@@ -33,7 +34,6 @@ class Prometheus:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # loopback needs no proxy
 
     def read(self, query: str) -> dict[Series, float]:
         """Read the latest value of each series that matches.
@@ -61,7 +61,7 @@ class Prometheus:
 
     def _read(self, query: str) -> dict[Series, float]:
         url = f"{self._url}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
-        with self._open(url, timeout=2.0) as answer:
+        with loopback.urlopen(url, timeout=2.0) as answer:
             found: list[dict[str, Any]] = json.load(answer)["data"]["result"]
         return {frozenset(series["metric"].items()): float(series["value"][1]) for series in found}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import math
+import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -101,6 +102,16 @@ def train(job: Job) -> State:
         newest, held = checkpoints.newest(job.checkpoints), processes.Held(lock.fileno())
         state: State = processes.run(job.train.world_size, _rank, job, newest, held)
     return state
+
+
+def forget(checkpoints: Path) -> None:
+    """Remove the checkpoints of a run that has ended, unless another call of the same run goes on from them."""
+    with checkpoints.with_suffix(".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def key(workload: str, data: Path, train: TrainParams, model: Section) -> str:

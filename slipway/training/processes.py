@@ -117,7 +117,9 @@ def _main(sender: Connection, work: Callable[..., Any], rank: int, world: int, m
     caller = multiprocessing.parent_process()
     if caller is None or not caller.is_alive():  # it died before the line above
         os._exit(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo"
+    )
     logging.basicConfig(level="INFO" if rank == 0 else "ERROR", format="%(levelname)s %(name)s: %(message)s")
     try:
         sender.send((False, work(rank, world, meeting, *rest)))

@@ -142,6 +142,7 @@ def test_a_second_good_release_replaces_the_first_and_no_request_fails(one: Worl
 )
 def test_a_bad_candidate_is_rolled_back_and_no_user_notices(one: World, name: str, reason: str) -> None:
     champion, version = one.versions["one"], one.versions[name]
+    tracking.set_alias(WORKLOAD, "candidate", version)
     with one.service.load(30) as users:
         one.service.step("deploy", version=version)
         with pytest.raises(CanaryRejectedError, match=reason):
@@ -159,6 +160,7 @@ def test_a_bad_candidate_is_rolled_back_and_no_user_notices(one: World, name: st
     assert report["seconds_verdict_to_zero_traffic"] < 2
     assert report["seconds_first_bad_to_zero_traffic"] > 0
     assert not [a for a in users.answers if a.due_s > zero_s and a.track == "canary"]
+    assert tracking.alias(WORKLOAD, "candidate") is None, "the next release would try the refused version again"
     assert one.routing == Routing(champion=champion)
     assert set(one.service.platform.status().replicas) == {champion}
 

@@ -9,12 +9,11 @@ import json
 import os
 import secrets
 import subprocess
-import urllib.request
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from slipway import artifacts
+from slipway import artifacts, loopback
 from slipway.config import Params
 from slipway.errors import StackError
 
@@ -102,7 +101,7 @@ def migrate(folder: Path, python: str, settings: Mapping[str, str], log: Path) -
 def healthy(url: str, part: str) -> bool:
     """Whether one part is well, as the API server reports it from the parts' heartbeats."""
     try:
-        with urllib.request.urlopen(f"{url}/api/v2/monitor/health", timeout=_TIMEOUT_S) as response:
+        with loopback.urlopen(f"{url}/api/v2/monitor/health", timeout=_TIMEOUT_S) as response:
             return bool(json.load(response)[part]["status"] == "healthy")
     except (OSError, ValueError, KeyError, TypeError):  # not there yet, or without a heartbeat yet
         return False

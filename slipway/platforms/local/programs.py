@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import socket
-import urllib.request
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import jinja2
 
-from slipway import artifacts
+from slipway import artifacts, loopback
 from slipway.config import Params
 from slipway.errors import PlatformError
 from slipway.platforms.local import airflow, gateway
@@ -174,7 +173,7 @@ def _web(program: Program, port: int, key: str, path: str, start_s: float = 20.0
 def answers(url: str, timeout_s: float = _HEALTH_TIMEOUT_S) -> bool:
     """Whether a URL gives status 200 now."""
     try:
-        with urllib.request.urlopen(url, timeout=timeout_s) as response:
+        with loopback.urlopen(url, timeout=timeout_s) as response:
             return bool(response.status == 200)
     except (OSError, ValueError):  # URLError and HTTPError are OSErrors; ValueError: not HTTP
         return False

@@ -91,6 +91,7 @@ def _start_supervisor(layout: Layout, supervisor: Supervisor) -> None:
     """Start supervisord, which leaves this session and stays."""
     own = {"SLIPWAY_HOME": str(layout.home), processes.MARK: str(layout.home)}
     own["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', programs.PATH)}"
+    own |= {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}  # all of it talks over loopback
     foreign = ("AIRFLOW__", "SLIPWAY_")
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
     conf = layout.home / "supervisor" / "supervisord.conf"
