@@ -76,4 +76,5 @@ def interval(values_B: Floats) -> tuple[float, float]:
     count, mean, z = len(values_B), float(values_B.mean()), 1.96
     centre = (mean + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At 0 and 1 rounding would leave the mean itself a hair outside.
+    return min(mean, max(0.0, centre - half)), max(mean, min(1.0, centre + half))
