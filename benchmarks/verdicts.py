@@ -3,20 +3,24 @@
     python -m benchmarks.verdicts [--canaries 2000]
 
 Every simulated canary goes through the default steps under steady traffic and is judged every second with the code of
-the release. Prints the share that was rolled back and the seconds from the first canary request to that verdict.
+the release. Prints the share that was rolled back and the seconds from the first canary request to that verdict, and
+writes benchmarks/results/verdicts.json.
 """
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from slipway import artifacts
 from slipway.config import CanaryParams, SloParams
 from slipway.release.analysis import Histogram, Limits, Track, Verdict, Window, judge
 
+RESULTS = Path(__file__).parent / "results" / "verdicts.json"
 LIMITS = Limits(CanaryParams(), SloParams())
 BOUNDS_MS = (1.0, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 50.0, 75.0, 100.0, 150.0, 300.0, float("inf"))
 
@@ -127,9 +131,12 @@ def main() -> None:
     parser.add_argument("--canaries", type=int, default=500, help="simulated canaries of each case")
     canaries = parser.parse_args().canaries
     print(f"{'candidate':<45}{'rolled back':>12}{'median s':>10}    of {canaries} canaries at 50 requests/s")
+    cases = {}
     for name in CASES:
         share, seconds = rolled_back(name, canaries)
+        cases[name] = {"rolled_back": share, "median_s": seconds if np.isfinite(seconds) else None}
         print(f"{name:<45}{share:>12.1%}{seconds:>10.0f}")
+    artifacts.write_json(RESULTS, {"canaries": canaries, "cases": cases})
 
 
 if __name__ == "__main__":
