@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import release
-from slipway import artifacts, config, demo, record, store, workspace
+from slipway import artifacts, config, demo, record, workspace
 from slipway.errors import DataError
 from slipway.runs import Snapshot
 
@@ -42,9 +42,7 @@ def pipeline() -> dict[str, Any]:
     run = airflow.trigger("pipeline", {})
     *_, last = airflow.follow("pipeline", run)
     known = workspace.read(workspace.name_of("pipeline", run))
-    reports = known.folder / "reports"
-    if not reports.exists():
-        reports = store.artifacts_of(known.mlflow_run) / "reports"
+    reports = demo.reports_of(last)
     ran = [task.name for task in last.tasks if task.seconds]
     rows = [row(last, name, reports, datetime.fromisoformat(known.created)) for name in ran]
     stages_s = sum(r["stage_s"] for r in rows)

@@ -141,8 +141,8 @@ def _release_bad_candidate(airflow: Airflow, console: Console) -> Snapshot:
 
 def _summarise(console: Console, params: Params, airflow: Airflow, good: Snapshot, bad: Snapshot) -> None:
     console.print(_stages(good))
-    console.print(_metrics(_reports(good)))
-    canary = artifacts.read_json(_reports(bad) / "canary.json")
+    console.print(_metrics(reports_of(good)))
+    canary = artifacts.read_json(reports_of(bad) / "canary.json")
     console.print(
         f"\n[bold]The bad model[/] was rolled back: {'; '.join(canary['reasons'])}.\n"
         f"{canary['seconds_verdict_to_zero_traffic']:.2f} s from the verdict to zero traffic; "
@@ -152,7 +152,7 @@ def _summarise(console: Console, params: Params, airflow: Airflow, good: Snapsho
     console.print(_try_it(params), soft_wrap=True)
 
 
-def _reports(snapshot: Snapshot) -> Path:
+def reports_of(snapshot: Snapshot) -> Path:
     """Where a run's reports are: in its worktree while that is kept, then in its MLflow run."""
     run = workspace.read(workspace.name_of(snapshot.dag, snapshot.run))
     kept = run.folder / "reports"
