@@ -126,8 +126,13 @@ def _outcome(code: int, tail: list[str]) -> Outcome:
         return Outcome(0, not any(_RESTORED.search(line) for line in tail), tail)
     told = [match for line in tail if (match := _EXITED.search(line))]
     if told:  # DVC's own exit code says nothing of the stage's
-        return Outcome(int(told[-1].group(1)), True, tail)
+        return Outcome(_signalled(int(told[-1].group(1))), True, tail)
     return Outcome(code, not any(line.startswith("ERROR:") for line in tail), tail)
+
+
+def _signalled(code: int) -> int:
+    # DVC runs a command through $SHELL: one that does not replace itself tells of a signal as 128 + its number.
+    return 128 - code if code - 128 in set(signal.Signals) else code
 
 
 def end_left_over(run: str, stage: str) -> None:
