@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=0.002)
     options = parser.parse_args()
     train = TrainParams(
-        epochs=options.epochs, batch_size=128, learning_rate=options.learning_rate, world_size=2, zero_stage=1
+        epochs=options.epochs, batch_size=128, learning_rate=options.learning_rate, world_size=2, zero=1
     )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -92,6 +92,52 @@ class ValidateParams(Section):
     """Soft: population stability index of the item distribution against the last accepted version (over 0)."""
 
 
+class LossScaleParams(Section):
+    """Dynamic loss scaling of fp16: the loss is scaled so that small gradients do not vanish."""
+
+    initial: Positive = 32768.0
+    """Scale of the first step (over 0; 2^15 as published)."""
+    growth: Annotated[float, Field(gt=1)] = 2.0
+    """Factor that the scale grows by after a window without an overflow (over 1)."""
+    backoff: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Factor that the scale shrinks by at an overflow, whose step is skipped (0..1, both excluded)."""
+    window: Count = 2000
+    """Steps without an overflow after which the scale grows (1 or more)."""
+
+
+class CommunicationParams(Section):
+    """How gradients are averaged among the processes; a node is a machine of the launcher's."""
+
+    method: Literal["flat", "hierarchical", "powersgd", "hierarchical_powersgd", "auto"] = "flat"
+    """flat: DeepSpeed's own; hierarchical: inside each node first; powersgd: compressed; auto: by the measured link."""
+    rank: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
+    """Rank of PowerSGD's factors (1..1024), or auto: the largest that sends at most a sixteenth."""
+    warmup_steps: Annotated[int, Field(ge=2)] = 20
+    """First steps that are not compressed (2 or more)."""
+
+
+class SparseParams(Section):
+    """Top-K sparse training: of each weight matrix only the rows that are largest in magnitude are trained."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the rows that are trained (over 0 to 1; 1: dense)."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Dense steps before the first selection (0 or more)."""
+    reselect_every: Count = 200
+    """Steps after which the rows are selected anew (1 or more)."""
+
+
+class LoaderParams(Section):
+    """How batches are made ready while the model computes."""
+
+    workers: Annotated[int, Field(ge=0, le=64)] | Literal["auto"] = "auto"
+    """Preprocessing processes of each rank (0..64; 0: in the rank itself), or auto: as many as keep it busy."""
+    max_workers: Annotated[int, Field(ge=1, le=64)] = 4
+    """Most processes that auto may start for one rank (1..64)."""
+    prefetch: Annotated[int, Field(ge=1, le=64)] = 4
+    """Batches that are made ahead (1..64)."""
+
+
 class TrainParams(Section):
     """How the model is trained; what the model is stands in the workload's own section."""
 
@@ -105,10 +151,28 @@ class TrainParams(Section):
     """Decoupled weight decay of AdamW (0 or more)."""
     world_size: Annotated[int, Field(ge=1, le=64), turn()] = 2
     """Training processes on this machine (1..64)."""
-    zero_stage: Literal[0, 1, 2] = 1
-    """DeepSpeed ZeRO stage: what is partitioned among the processes (0 nothing, 1 optimizer, 2 and gradients)."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    zero: Literal[0, 1, 2, 3, "auto"] = 1
+    """DeepSpeed ZeRO: partitioned are 0 nothing, 1 the optimizer, 2 and gradients, 3 and parameters; auto: by plan."""
+    offload: Literal["none", "cpu", "disk"] = "none"
+    """Where optimizer state, and at ZeRO 3 parameters, are kept while the device does not need them."""
+    device_memory_gb: Positive | None = None
+    """Memory of one device that the plan has to fit into (GB, over 0); empty: what this machine has."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of forward and backward; weights and optimizer keep fp32 masters."""
+    loss_scale: LossScaleParams = LossScaleParams()
+    """Loss scaling of fp16."""
+    communication: CommunicationParams = CommunicationParams()
+    """How gradients travel."""
+    sparse: SparseParams = SparseParams()
+    """Top-K sparse training."""
+    loader: LoaderParams = LoaderParams()
+    """How batches are made ready."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Epochs without a better validation metric after which training ends early (0: never)."""
+    profile: bool = False
+    """Leave a trace of a few steps that Perfetto opens (reports/trace.json.gz)."""
+    restarts: Annotated[int, Field(ge=0, le=100)] = 2
+    """Times that the processes are started again from the last checkpoint when one of them was killed (0..100)."""
     checkpoint_every_s: Positive = 30.0
     """Seconds between checkpoints (over 0)."""
     seed: Annotated[int, Field(ge=0)] = 1

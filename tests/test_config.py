@@ -38,7 +38,7 @@ def test_every_value_of_the_file_bears_a_comment() -> None:
     [
         ("train.epochs", 0, "train.epochs: Input should be greater than or equal to 1 (got 0); allowed: Passes over"),
         ("train.epochs", "ten", "train.epochs: Input should be a valid integer (got 'ten')"),
-        ("train.epoch", 3, "train.epoch: unknown key; allowed here: batch_size, checkpoint_every_s, epochs"),
+        ("train.epoch", 3, "train.epoch: unknown key; allowed here: batch_size, checkpoint_every_s, communication"),
         ("trian.epochs", 3, "trian: unknown key; allowed here: canary"),
         ("canary.step_weights", [0.5, 0.2], "canary: Value error, step_weights must rise"),
         ("ranker.heads", 3, "ranker: Value error, width must be a multiple of heads, got 128 and 3"),

@@ -187,9 +187,9 @@ class _Loop:
                 f"training: the loss is {value} at step {step}; lower train.learning_rate (now "
                 f"{self.job.train.learning_rate:g})" + (" or use fp32" if self.job.train.precision != "fp32" else "")
             )
-        rows = len(next(iter(batch.values()))) * self.world_size
+        units = self.task.count(batch) * self.world_size
         state = self.state
-        self.state = replace(state, step=state.step + 1, loss=state.loss + value, samples=state.samples + rows)
+        self.state = replace(state, step=state.step + 1, loss=state.loss + value, samples=state.samples + units)
 
     def _figures(self, epoch: int) -> dict[str, float | str]:
         now = self._now()

@@ -68,7 +68,7 @@ class Task(Protocol):
     metric: str
     """Name of the metric that `validate` sums, such as ndcg_at_10: larger is better."""
     unit: str
-    """What a sample is called, such as sequences."""
+    """What `count` counts, such as sequences or tokens."""
 
     def model(self) -> torch.nn.Module:
         """Make the model with weights from torch's generator."""
@@ -79,8 +79,14 @@ class Task(Protocol):
     def epoch(self, epoch: int, rank: int) -> Sequence[Tensors]:
         """Give one rank's batches of an epoch: a function of seed, epoch and rank alone, as many on every rank."""
 
+    def count(self, batch: Tensors) -> int:
+        """Units in a batch: what the speed of training is told in."""
+
     def validate(self, model: torch.nn.Module, rank: int) -> tuple[float, int]:
-        """Sum and count of the metric over this rank's share of the validation samples."""
+        """Sum and count of the metric over this rank's share of the validation samples.
+
+        Every rank runs the model equally often: a partitioned model (ZeRO 3) is gathered by all of them together.
+        """
 
 
 class Endpoint(Protocol):

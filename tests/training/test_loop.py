@@ -58,9 +58,9 @@ def test_a_run_that_was_killed_ends_bit_for_bit_like_one_that_was_not(tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "bf16"), (2, "fp32")])
-def test_other_zero_stages_and_precisions_learn_too(tmp_path: Path, zero_stage: int, precision: str) -> None:
-    state = loop.train(job(tmp_path, zero_stage=zero_stage, precision=precision, checkpoint_every_s=60.0))
+@pytest.mark.parametrize(("zero", "precision"), [(0, "bf16"), (2, "fp32")])
+def test_other_zeros_and_precisions_learn_too(tmp_path: Path, zero: int, precision: str) -> None:
+    state = loop.train(job(tmp_path, zero=zero, precision=precision, checkpoint_every_s=60.0))
     assert state.best.metric > 0.3, state.curve
 
 

@@ -129,6 +129,10 @@ class RankerTask:
         seed = (self.train.seed, 3, epoch, rank)
         return Epoch(self.data, self.begin, self.end, mine, self.params.negatives, seed)
 
+    def count(self, batch: Tensors) -> int:
+        """Sequences in a batch."""
+        return len(batch["history_BT"])
+
     def validate(self, model: torch.nn.Module, rank: int) -> tuple[float, int]:
         """Sum and count of NDCG@10 over all items, on this rank's share of a sample of the validation items."""
         assert isinstance(model, Ranker)
