@@ -139,10 +139,6 @@ class Rest:
         found = self.call("GET", "model-versions/get", name=name, version=version)["model_version"]
         return SimpleNamespace(**{**found, "tags": {t["key"]: t["value"] for t in found.get("tags", [])}})
 
-    def set_model_version_tag(self, name: str, version: str, key: str, value: str) -> None:
-        """Tag a version."""
-        self.call("POST", "model-versions/set-tag", name=name, version=version, key=key, value=value)
-
     def get_experiment_by_name(self, name: str) -> Any:
         """An experiment, or None."""
         try:

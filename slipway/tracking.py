@@ -57,18 +57,6 @@ def set_alias(workload: str, name: str, version: str | None) -> None:
             store.light().delete_registered_model_alias(workload, name)
 
 
-def tag(workload: str, version: str, key: str, value: str) -> None:
-    """Write a tag on a version."""
-    with store.translated(f"{workload}/{version}"):
-        store.light().set_model_version_tag(workload, version, key, value)
-
-
-def tags(workload: str, version: str) -> dict[str, str]:
-    """Read the tags of a version: its lineage, metrics and signature."""
-    with store.translated(f"{workload}/{version}"):
-        return dict(store.light().get_model_version(workload, version).tags)
-
-
 def resolve(workload: str, reference: str) -> str:
     """Turn an alias or a version number into the version number.
 

@@ -83,7 +83,7 @@ def test_a_package_has_one_version_however_often_and_by_however_many_it_is_regis
         found = list(pool.map(lambda p: tracking.register("often", p, replay, run, {"git_commit": "abc"}), [one] * 4))
     assert found == ["1"] * 4
     assert tracking.register("often", two, replay, run, {}) == "2"
-    tags = tracking.tags("often", "1")
+    tags = store.light().get_model_version("often", "1").tags
     assert tags["git_commit"] == "abc"
     assert tags["precision"] == "int8"
     assert json.loads(tags["signature"])["inputs"][0]["name"] == "history"
@@ -224,11 +224,11 @@ def test_the_light_client_and_mlflows_own_see_one_store(server: str, run: str, t
     assert isinstance(store.light(), store.Rest)
     version = tracking.register("both", seal(tmp_path / "one", 1), replay, run, {})
     tracking.set_alias("both", "champion", version)
-    tracking.tag("both", version, "released", "yes")
-    assert tracking.tags("both", version)["released"] == "yes"
+    light = store.light().get_model_version("both", version).tags
+    assert light["precision"] == "int8"
     assert tracking.resolve("both", "champion") == version
     own = store._client(file).get_model_version_by_alias("both", "champion")
-    assert (str(own.version), own.tags["released"]) == (version, "yes")
+    assert (str(own.version), dict(own.tags)) == (version, light)
     assert store.start("tests", {}) == run
     assert store.start("another", {}) == store.start("another", {}, store._client(file))
     assert store.address(run).endswith(f"/runs/{run}")

@@ -158,6 +158,23 @@ def test_a_finished_run_is_pruned_and_its_branch_is_up_to_date_in_the_checkout(c
     assert git(checkout, "status", "--porcelain") == ""
 
 
+@pytest.mark.slow
+def test_a_result_whose_cached_copy_is_corrupt_is_made_anew(checkout: Path) -> None:
+    first = workspace.create("one", checkout, {"train.epochs": 7})
+    assert repro(first.folder, "one")[0].code == 0
+    workspace.close("one", succeeded=True)
+    torn = [path for path in (config.home() / "dvc-cache" / "files").rglob("*") if path.is_file()]
+    for path in torn:
+        path.chmod(0o644)
+        path.write_bytes(b"torn")
+    assert torn
+
+    again = workspace.create("two", checkout, {"train.epochs": 7})
+    outcome, lines, _ = repro(again.folder, "two")
+    assert (outcome.code, outcome.ran) == (0, True), lines
+    assert (again.folder / "data" / "ingest").read_text() == "7"
+
+
 @pytest.mark.parametrize(
     ("epochs", "code", "told"),
     [(175, 75, "too many epochs"), (199, -9, "ended by SIGKILL")],
