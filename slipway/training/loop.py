@@ -21,7 +21,7 @@ import numpy as np
 from slipway import artifacts, progress
 from slipway.config import Section, TrainParams
 from slipway.errors import CheckpointError, SlipwayError
-from slipway.training import checkpoints, processes
+from slipway.training import checkpoints, processes, watch
 from slipway.workloads.base import Task, Tensors, part
 
 if TYPE_CHECKING:
@@ -164,7 +164,9 @@ class _Loop:
             for epoch in range(self.state.epoch, train.epochs):
                 batches = self.task.epoch(epoch, self.rank)
                 for step in range(self.state.step, self.steps):
-                    self._step(batches[step], epoch * self.steps + step, total)
+                    with watch.part("data"):
+                        batch = batches[step]
+                    self._step(batch, epoch * self.steps + step, total)
                     shown.advance(1, **self._figures(epoch))
                     self._save_when_due()
                 self._end_epoch()
@@ -177,10 +179,14 @@ class _Loop:
         torch.manual_seed(_mixed(self.job.train.seed, step, self.rank))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(self.job.train.learning_rate, step, total)
-        tensors = {name: torch.from_numpy(value).to(self.engine.device) for name, value in batch.items()}
-        loss = self.engine(**tensors)
-        self.engine.backward(loss)
-        self.engine.step()
+        with watch.part("data"):
+            tensors = {name: torch.from_numpy(value).to(self.engine.device) for name, value in batch.items()}
+        with watch.part("forward"):
+            loss = self.engine(**tensors)
+        with watch.part("backward"):
+            self.engine.backward(loss)
+        with watch.part("optimizer"):
+            self.engine.step()
         value = float(loss.detach())
         if not math.isfinite(value):
             raise SlipwayError(
@@ -206,7 +212,7 @@ class _Loop:
     def _end_epoch(self) -> None:
         module = self.engine.module
         module.eval()
-        with self.torch.no_grad():
+        with watch.part("validation"), self.torch.no_grad():
             metric, count = self.task.validate(module, self.rank)
         module.train()
         sums = self.torch.tensor([metric, count, self.state.loss], dtype=self.torch.float64, device=self.engine.device)
@@ -234,7 +240,10 @@ class _Loop:
         self.torch.distributed.broadcast(due, 0)  # one clock decides for all
         if due.item():
             done = self.state.epoch * self.steps + self.state.step
-            checkpoints.write(self.job.checkpoints, done, self.rank == 0, self._fill, self.torch.distributed.barrier)
+            with watch.part("checkpoint"):
+                checkpoints.write(
+                    self.job.checkpoints, done, self.rank == 0, self._fill, self.torch.distributed.barrier
+                )
             self.saved = time.monotonic()
 
     def _fill(self, folder: Path) -> None:

@@ -1,0 +1,48 @@
+"""What a training run does with its time: every part of a step on one clock.
+
+    with watch.part("backward"):
+        ...
+        with watch.part("communication"):  # inside: its time counts here alone, not in backward too
+            ...
+
+Times are the host's: on an accelerator, kernels run on behind them, and a part that waits for one has its time.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+PARTS = ("data", "forward", "backward", "communication", "optimizer", "validation", "checkpoint")
+
+_spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+_open: list[part] = []
+# One stack a process, like the root logger, so that a collective deep in a hook needs no clock handed down. The thread
+# that trains waits while autograd's own threads run hooks, so the stack is never used by two at once.
+
+
+class part:  # noqa: N801  # reads as a verb's object where it is used
+    """Count the time inside as that of one of `PARTS`, less what parts inside of it take."""
+
+    __slots__ = ("_began", "_inside", "_name")
+
+    def __init__(self, name: str) -> None:
+        if name not in _spent:
+            raise KeyError(name)
+        self._name, self._inside = name, 0.0
+
+    def __enter__(self) -> None:
+        _open.append(self)
+        self._began = time.perf_counter()
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        whole = time.perf_counter() - self._began
+        _open.pop()
+        _spent[self._name] += whole - self._inside
+        if _open:
+            _open[-1]._inside += whole
+
+
+def spent() -> dict[str, float]:
+    """Seconds that this process has spent in each part so far."""
+    return dict(_spent)
