@@ -23,12 +23,10 @@ if _blocked:
 CLIP = 1.0  # largest norm of the gradient
 
 
-def make(model: torch.nn.Module, train: TrainParams, rank: int, world_size: int, meeting: str) -> Any:
-    """Join the process group and wrap `model` in a DeepSpeed engine with ZeRO and the precision that were asked for.
+def join(rank: int, world_size: int, meeting: str) -> None:
+    """Join the process group, with this process's share of the cores.
 
     Args:
-        model: the module, whose forward gives the loss.
-        train: precision, ZeRO stage, weight decay, batch size.
         rank: this process.
         world_size: number of processes.
         meeting: URL through which the processes find one another.
@@ -41,6 +39,15 @@ def make(model: torch.nn.Module, train: TrainParams, rank: int, world_size: int,
     deepspeed.init_distributed(
         auto_mpi_discovery=False, init_method=meeting, rank=rank, world_size=world_size, verbose=False
     )
+
+
+def make(model: torch.nn.Module, train: TrainParams) -> Any:
+    """Wrap `model` in a DeepSpeed engine with ZeRO and the precision that were asked for; `join` comes before.
+
+    Args:
+        model: the module, whose forward gives the loss.
+        train: precision, ZeRO stage, weight decay, batch size.
+    """
     # torch's own AdamW: DeepSpeed's would be compiled at its first use (194 s).
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=train.learning_rate, betas=(0.9, 0.98), weight_decay=train.weight_decay

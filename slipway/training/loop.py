@@ -21,7 +21,7 @@ import numpy as np
 from slipway import artifacts, progress
 from slipway.config import Section, TrainParams
 from slipway.errors import CheckpointError, SlipwayError
-from slipway.training import checkpoints, processes, watch
+from slipway.training import agreement, checkpoints, processes, watch
 from slipway.workloads.base import Task, Tensors, part
 
 if TYPE_CHECKING:
@@ -146,9 +146,11 @@ class _Loop:
         from slipway.training import engine
 
         self.rank, self.world_size, self.job, self.torch = rank, world_size, job, torch
+        engine.join(rank, world_size, meeting)
+        agreement.check(agreement.facts(job.workload, job.data, train=job.train, model=job.model), world_size)
         torch.manual_seed(job.train.seed)
         self.task: Task = part(job.workload, "training").TASK(job.data, job.train, job.model)
-        self.engine = engine.make(self.task.model(), job.train, rank, world_size, meeting)
+        self.engine = engine.make(self.task.model(), job.train)
         self.steps = len(self.task.epoch(0, rank))
         self.state = State()
         self.best: dict[str, np.ndarray[Any, Any]] = {}

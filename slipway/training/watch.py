@@ -4,6 +4,8 @@
         ...
         with watch.part("communication"):  # inside: its time counts here alone, not in backward too
             ...
+    watch.sent(tensor.nbytes)      # bytes that this process gave to the network
+    watch.gauge("workers", 3)      # a figure of a technique: its latest value is shown beside the others
 
 Times are the host's: on an accelerator, kernels run on behind them, and a part that waits for one has its time.
 """
@@ -17,6 +19,8 @@ PARTS = ("data", "forward", "backward", "communication", "optimizer", "validatio
 
 _spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
 _open: list[part] = []
+_sent = 0
+_gauges: dict[str, float] = {}
 # One stack a process, like the root logger, so that a collective deep in a hook needs no clock handed down. The thread
 # that trains waits while autograd's own threads run hooks, so the stack is never used by two at once.
 
@@ -46,3 +50,24 @@ class part:  # noqa: N801  # reads as a verb's object where it is used
 def spent() -> dict[str, float]:
     """Seconds that this process has spent in each part so far."""
     return dict(_spent)
+
+
+def sent(size_bytes: float) -> None:
+    """Count bytes that this process sent to others while it trained."""
+    global _sent
+    _sent += int(size_bytes)
+
+
+def sent_bytes() -> int:
+    """Bytes that this process has sent so far."""
+    return _sent
+
+
+def gauge(name: str, value: float) -> None:
+    """Tell the latest value of a figure, such as the number of a loader's workers; `name` as MLflow allows it."""
+    _gauges[name] = float(value)
+
+
+def gauges() -> dict[str, float]:
+    """The latest value of every figure that was told."""
+    return dict(_gauges)
