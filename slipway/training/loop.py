@@ -1,8 +1,13 @@
 """The training loop: any workload's task on the DeepSpeed engine, in several processes, killable at any step.
 
-A step is a function of the seed, the epoch, its place in the epoch and the rank: the order of the data comes from
-them, and torch's generator is seeded anew for each step. So a run that goes on from a checkpoint ends with the same
+A step is a function of the seed, the epoch and the place of its micro-batches in the epoch: the order of the data comes
+from them, and torch's generator is seeded anew for each. So a run that goes on from a checkpoint ends with the same
 weights, bit for bit, as one that was never stopped.
+
+A technique that has a state of its own puts it into `_Loop.kept` under a name of its own, as an object with torch's
+`state_dict` and `load_state_dict`: each process keeps its own in a checkpoint (tensors and plain values, what
+`torch.load(weights_only=True)` takes) and has it back when the run goes on with as many processes; with another
+number of them it starts anew, with a warning.
 """
 
 from __future__ import annotations
@@ -21,13 +26,14 @@ import numpy as np
 from slipway import artifacts, progress
 from slipway.config import Section, TrainParams
 from slipway.errors import CheckpointError, SlipwayError
-from slipway.training import agreement, checkpoints, processes, watch
+from slipway.training import agreement, checkpoints, order, processes, watch
 from slipway.workloads.base import Task, Tensors, part
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed.checkpoint.stateful import Stateful
 
-WARMUP = 0.05  # share of the steps in which the learning rate rises
+WARMUP = 0.05  # share of the training in which the learning rate rises
 FLOOR = 0.02  # share of the peak that the cosine ends at
 
 WEIGHTS, MODEL = "weights.npz", "model.json"
@@ -70,9 +76,13 @@ class State:
 
     epoch: int = 0
     step: int = 0
-    """Steps done of this epoch."""
+    """Steps done, of all epochs."""
+    seen: int = 0
+    """Micro-batches done of this epoch, by all processes."""
+    ranks: int = 1
+    """Number of processes that this epoch began with: its order depends on it."""
     loss: float = 0.0
-    """Sum over the steps of this epoch, on rank 0; each rank keeps its own."""
+    """Sum over this epoch's micro-batches of this process."""
     seconds: float = 0.0
     samples: int = 0
     curve: list[Point] = field(default_factory=list)
@@ -124,12 +134,17 @@ def key(workload: str, data: Path, train: TrainParams, model: Section) -> str:
     return digest.hexdigest()[:16]
 
 
-def learning_rate(peak: float, step: int, steps: int) -> float:
-    """Rise linearly for a twentieth of the steps, then fall along a cosine to a fiftieth of the peak."""
-    warmup = max(1, round(WARMUP * steps))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    share = (step - warmup) / max(1, steps - warmup)
+def learning_rate(peak: float, progress: float) -> float:
+    """Rise linearly for a twentieth of the training, then fall along a cosine to a fiftieth of the peak.
+
+    Args:
+        peak: the highest rate.
+        progress: share of the training that is done at the end of the step (over 0 to 1): in samples, not in steps, so
+            that the schedule goes on where it was when the number of processes changes.
+    """
+    if progress < WARMUP:
+        return peak * progress / WARMUP
+    share = (progress - WARMUP) / (1 - WARMUP)
     return peak * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
@@ -151,59 +166,64 @@ class _Loop:
         torch.manual_seed(job.train.seed)
         self.task: Task = part(job.workload, "training").TASK(job.data, job.train, job.model)
         self.engine = engine.make(self.task.model(), job.train)
-        self.steps = len(self.task.epoch(0, rank))
-        self.state = State()
+        self.kept: dict[str, Stateful] = {}
+        self.state = State(ranks=world_size)
         self.best: dict[str, np.ndarray[Any, Any]] = {}
         self.saved = self.began = time.monotonic()
 
     def run(self, resume: Path | None) -> State:
         if resume is not None:
             self._load(resume)
-        train, total = self.job.train, self.job.train.epochs * self.steps
-        done = self.state.epoch * self.steps + self.state.step
         self.saved = self.began = time.monotonic()
-        with progress.Progress("train", total, "steps", done) if self.rank == 0 else _Silent() as shown:
-            for epoch in range(self.state.epoch, train.epochs):
-                batches = self.task.epoch(epoch, self.rank)
-                for step in range(self.state.step, self.steps):
+        bar = progress.Progress("train", self._steps(), "steps", self.state.step) if self.rank == 0 else _Silent()
+        with bar as shown:
+            for epoch in range(self.state.epoch, self.job.train.epochs):
+                batches = self.task.epoch(epoch, self.state.ranks)
+                for turn in order.turns(len(batches), self.state.seen, self.rank, self.world_size):
                     with watch.part("data"):
-                        batch = batches[step]
-                    self._step(batch, epoch * self.steps + step, total)
+                        batch = batches[turn.index]
+                    self._step(batch, turn, (epoch + turn.seen / len(batches)) / self.job.train.epochs)
                     shown.advance(1, **self._figures(epoch))
                     self._save_when_due()
-                self._end_epoch()
+                self._end_epoch(len(batches))
         if self.rank == 0:
             self._write()
         return self._now()
 
-    def _step(self, batch: Tensors, step: int, total: int) -> None:
-        torch = self.torch
-        torch.manual_seed(_mixed(self.job.train.seed, step, self.rank))
+    def _steps(self) -> int:
+        """Steps of the whole training, for the bar: those done, the rest of this epoch, and the epochs after it."""
+        count, state = len(self.task.epoch(self.state.epoch, self.state.ranks)), self.state
+        rest = -(-(count - state.seen) // self.world_size)
+        return state.step + rest + (self.job.train.epochs - state.epoch - 1) * -(-count // self.world_size)
+
+    def _step(self, batch: Tensors, turn: order.Turn, done: float) -> None:
+        torch, state = self.torch, self.state
+        torch.manual_seed(_mixed(self.job.train.seed, state.epoch, turn.index))
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate(self.job.train.learning_rate, step, total)
+            group["lr"] = learning_rate(self.job.train.learning_rate, done)
         with watch.part("data"):
             tensors = {name: torch.from_numpy(value).to(self.engine.device) for name, value in batch.items()}
         with watch.part("forward"):
             loss = self.engine(**tensors)
         with watch.part("backward"):
-            self.engine.backward(loss)
+            self.engine.backward(loss * turn.weight)
         with watch.part("optimizer"):
             self.engine.step()
         value = float(loss.detach())
         if not math.isfinite(value):
             raise SlipwayError(
-                f"training: the loss is {value} at step {step}; lower train.learning_rate (now "
+                f"training: the loss is {value} at step {state.step}; lower train.learning_rate (now "
                 f"{self.job.train.learning_rate:g})" + (" or use fp32" if self.job.train.precision != "fp32" else "")
             )
-        units = self.task.count(batch) * self.world_size
-        state = self.state
-        self.state = replace(state, step=state.step + 1, loss=state.loss + value, samples=state.samples + units)
+        units = self.task.count(batch) * (turn.seen - state.seen)
+        total = state.loss + (value if turn.weight else 0.0)
+        self.state = replace(state, step=state.step + 1, seen=turn.seen, loss=total, samples=state.samples + units)
 
     def _figures(self, epoch: int) -> dict[str, float | str]:
         now = self._now()
         figures: dict[str, float | str] = {
             "epoch": f"{epoch + 1}/{self.job.train.epochs}",
-            "loss": now.loss / max(1, now.step),
+            "loss": now.loss * self.world_size / max(1, now.seen),
             f"{self.task.unit}/s": f"{now.samples / max(now.seconds, 1e-9):,.0f}",
         }
         return figures | ({self.task.metric: self.state.curve[-1].metric} if self.state.curve else {})
@@ -211,7 +231,7 @@ class _Loop:
     def _now(self) -> State:
         return replace(self.state, seconds=self.state.seconds + time.monotonic() - self.began)
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, batches: int) -> None:
         module = self.engine.module
         module.eval()
         with watch.part("validation"), self.torch.no_grad():
@@ -223,8 +243,8 @@ class _Loop:
         now = self._now()
         point = Point(
             epoch=now.epoch + 1,
-            step=(now.epoch + 1) * self.steps,
-            loss=loss / self.world_size / self.steps,
+            step=now.step,
+            loss=loss / batches,
             metric=total / max(1.0, seen),
             seconds=round(now.seconds, 3),
             samples_per_s=round(now.samples / now.seconds, 1),
@@ -232,7 +252,7 @@ class _Loop:
         if self.rank == 0 and (not self.state.curve or point.metric > self.state.best.metric):
             self.best = _weights(module)
         curve = [*self.state.curve, point]
-        self.state = replace(self.state, epoch=now.epoch + 1, step=0, loss=0.0, curve=curve)
+        self.state = replace(self.state, epoch=now.epoch + 1, seen=0, ranks=self.world_size, loss=0.0, curve=curve)
 
     def _save_when_due(self) -> None:
         due = self.torch.tensor(
@@ -241,16 +261,17 @@ class _Loop:
         due = due.to(self.engine.device)
         self.torch.distributed.broadcast(due, 0)  # one clock decides for all
         if due.item():
-            done = self.state.epoch * self.steps + self.state.step
             with watch.part("checkpoint"):
                 checkpoints.write(
-                    self.job.checkpoints, done, self.rank == 0, self._fill, self.torch.distributed.barrier
+                    self.job.checkpoints, self.state.step, self.rank == 0, self._fill, self.torch.distributed.barrier
                 )
             self.saved = time.monotonic()
 
     def _fill(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
         artifacts.write_json(folder / f"state-{self.rank}.json", asdict(self._now()))
+        for name, kept in self.kept.items():
+            self.torch.save(kept.state_dict(), folder / f"{name}-{self.rank}.pt")
         if self.rank == 0:
             np.savez(folder / "best.npz", **self.best)  # type: ignore[arg-type]  # the stub takes them for allow_pickle
 
@@ -261,6 +282,8 @@ class _Loop:
             raise CheckpointError(f"{folder}: does not fit this model ({error}); remove it to start again") from error
         raw = artifacts.read_json(folder / f"state-{self.rank}.json")
         self.state = State(**{**raw, "curve": [Point(**point) for point in raw["curve"]]})
+        for name, kept in self.kept.items():
+            kept.load_state_dict(self.torch.load(folder / f"{name}-{self.rank}.pt", weights_only=True))
         if self.rank == 0:
             with np.load(folder / "best.npz", allow_pickle=False) as stored:
                 self.best = dict(stored)

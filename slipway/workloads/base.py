@@ -76,8 +76,13 @@ class Task(Protocol):
     def about(self) -> Mapping[str, Any]:
         """What the export has to know beside the weights; plain JSON types."""
 
-    def epoch(self, epoch: int, rank: int) -> Sequence[Tensors]:
-        """Give one rank's batches of an epoch: a function of seed, epoch and rank alone, as many on every rank."""
+    def epoch(self, epoch: int, ranks: int) -> Sequence[Tensors]:
+        """Give the micro-batches of an epoch, every sample in one of them, made when they are asked for by their index.
+
+        The same on every process: a function of the seed and the two arguments alone. The loop gives them out in
+        order (`slipway.training.order`), `ranks` to a step, so those of one step should cost about the same; after a
+        restart with another number of processes it asks for the same `ranks` until the epoch ends.
+        """
 
     def count(self, batch: Tensors) -> int:
         """Units in a batch: what the speed of training is told in."""

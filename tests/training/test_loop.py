@@ -65,8 +65,8 @@ def test_other_zeros_and_precisions_learn_too(tmp_path: Path, zero: int, precisi
 
 
 def test_the_learning_rate_rises_then_falls() -> None:
-    rates = [loop.learning_rate(1.0, step, 100) for step in range(100)]
-    assert rates[4] == 1.0
+    rates = [loop.learning_rate(1.0, step / 100) for step in range(1, 101)]
+    assert rates[4] == pytest.approx(1.0)
     assert rates[:5] == sorted(rates[:5])
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert 0 < rates[-1] < 0.03

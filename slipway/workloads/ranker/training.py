@@ -30,7 +30,9 @@ from slipway.workloads.ranker.sequences import padded
 Ints = npt.NDArray[np.int64]
 
 HELD_OUT = 2  # events at the end of each user's sequence that are not trained on: validation, test
-POOL = 32  # batches that are sorted by length together: enough to cut padding, few enough to keep the order random
+POOL = (
+    32  # steps whose windows are sorted by length together: enough to cut padding, few enough to keep the order random
+)
 VALIDATION_USERS = 4096
 VALIDATION_BATCH = 256
 
@@ -56,13 +58,13 @@ def windows(offsets: Ints, length: int) -> tuple[Ints, Ints]:
 
 @dataclass(frozen=True)
 class Epoch(Sequence[Tensors]):
-    """The batches of one rank in one epoch, each made when it is asked for."""
+    """The micro-batches of one epoch, each made when it is asked for."""
 
     data: sequences.Sequences
     begin: Ints
     end: Ints
     batches: Sequence[Ints]
-    """Windows of each step, of this rank."""
+    """Windows of each."""
     negatives: int
     seed: tuple[int, ...]
 
@@ -70,22 +72,22 @@ class Epoch(Sequence[Tensors]):
         return len(self.batches)
 
     @overload
-    def __getitem__(self, step: int) -> Tensors: ...
+    def __getitem__(self, index: int) -> Tensors: ...
     @overload
-    def __getitem__(self, step: slice) -> Sequence[Tensors]: ...
-    def __getitem__(self, step: int | slice) -> Tensors | Sequence[Tensors]:
-        if isinstance(step, slice):
-            return [self[i] for i in range(len(self))[step]]
-        chosen = self.batches[step]
+    def __getitem__(self, index: slice) -> Sequence[Tensors]: ...
+    def __getitem__(self, index: int | slice) -> Tensors | Sequence[Tensors]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        chosen = self.batches[index]
         rows = padded(self.data.items, self.begin[chosen], self.end[chosen])
         target = np.where(rows[:, :-1] > 0, rows[:, 1:], 0)
-        return {"history_BT": rows[:, :-1], "target_BT": target, "negative_N": self._negatives(step)}
+        return {"history_BT": rows[:, :-1], "target_BT": target, "negative_N": self._negatives(index)}
 
-    def _negatives(self, step: int) -> Ints:
+    def _negatives(self, index: int) -> Ints:
         items = self.data.item_count
         if self.negatives >= items:
             return np.arange(1, items + 1)  # all of them: the loss is the full softmax
-        return np.random.default_rng([*self.seed, step]).integers(1, items + 1, size=self.negatives)
+        return np.random.default_rng([*self.seed, index]).integers(1, items + 1, size=self.negatives)
 
 
 class RankerTask:
@@ -115,19 +117,19 @@ class RankerTask:
         """What the export has to know beside the weights."""
         return {"items": self.data.item_count, **self.params.model_dump()}
 
-    def epoch(self, epoch: int, rank: int) -> Epoch:
-        """Give this rank's batches of an epoch: a function of seed, epoch and rank alone."""
-        batch, ranks = self.train.batch_size * self.train.world_size, self.train.world_size
+    def epoch(self, epoch: int, ranks: int) -> Epoch:
+        """Give the micro-batches of an epoch in the order of training; those of one step are of like length."""
+        size = self.train.batch_size
         rng = np.random.default_rng([self.train.seed, 2, epoch])
         order = rng.permutation(len(self.begin))
         length = (self.end - self.begin)[order]
-        pools = np.arange(len(order)) // (POOL * batch)
+        pools = np.arange(len(order)) // (POOL * ranks * size)
         order = order[np.lexsort((length, pools))]
-        together = [order[at : at + batch] for at in range(0, len(order), batch)]
-        together = [together[i] for i in rng.permutation(len(together)) if len(together[i]) >= ranks]
-        mine = [chosen[rank::ranks] for chosen in together]
-        seed = (self.train.seed, 3, epoch, rank)
-        return Epoch(self.data, self.begin, self.end, mine, self.params.negatives, seed)
+        batches = [order[at : at + size] for at in range(0, len(order), size)]
+        steps = [batches[at : at + ranks] for at in range(0, len(batches), ranks)]
+        # The last step may have micro-batches for some processes only: it stays last, so that no other one does.
+        shuffled = [batch for i in rng.permutation(len(steps) - 1) for batch in steps[i]] + steps[-1]
+        return Epoch(self.data, self.begin, self.end, shuffled, self.params.negatives, (self.train.seed, 3, epoch))
 
     def count(self, batch: Tensors) -> int:
         """Sequences in a batch."""
