@@ -109,7 +109,7 @@ class CommunicationParams(Section):
     """How gradients are averaged among the processes; a node is a machine of the launcher's."""
 
     method: Literal["flat", "hierarchical", "powersgd", "hierarchical_powersgd", "auto"] = "flat"
-    """flat: DeepSpeed's own; hierarchical: inside each node first; powersgd: compressed; auto: by the measured link."""
+    """flat: DeepSpeed's own; at zero 0 also hierarchical: inside nodes first; powersgd: compressed; auto: by trial."""
     rank: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     """Rank of PowerSGD's factors (1..1024), or auto: the largest that sends at most a sixteenth."""
     warmup_steps: Annotated[int, Field(ge=2)] = 20
@@ -177,6 +177,16 @@ class TrainParams(Section):
     """Seconds between checkpoints (over 0)."""
     seed: Annotated[int, Field(ge=0)] = 1
     """Seed of initial weights, order and dropout (0 or more)."""
+
+    @model_validator(mode="after")
+    def _leaves_whole_gradients(self) -> TrainParams:
+        method = self.communication.method
+        if method not in ("flat", "auto") and self.zero != 0:
+            raise ValueError(
+                f"communication.method: {method} needs zero: 0, got zero: {self.zero}: from ZeRO 1 on gradients are "
+                "reduced inside the optimizer; set zero: 0, or communication.method: flat"
+            )
+        return self
 
 
 class CompressParams(Section):

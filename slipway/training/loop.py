@@ -158,7 +158,7 @@ class _Loop:
     def __init__(self, rank: int, world_size: int, meeting: str, job: Job) -> None:
         import torch
 
-        from slipway.training import engine
+        from slipway.training import communication, engine
 
         self.rank, self.world_size, self.job, self.torch = rank, world_size, job, torch
         engine.join(rank, world_size, meeting)
@@ -166,7 +166,8 @@ class _Loop:
         torch.manual_seed(job.train.seed)
         self.task: Task = part(job.workload, "training").TASK(job.data, job.train, job.model)
         self.engine = engine.make(self.task.model(), job.train)
-        self.kept: dict[str, Stateful] = {}
+        self.reducer = communication.attach(self.engine, job.train)
+        self.kept: dict[str, Stateful] = {"communication": self.reducer}
         self.state = State(ranks=world_size)
         self.best: dict[str, np.ndarray[Any, Any]] = {}
         self.saved = self.began = time.monotonic()
@@ -207,6 +208,8 @@ class _Loop:
             loss = self.engine(**tensors)
         with watch.part("backward"):
             self.engine.backward(loss * turn.weight)
+        with watch.part("communication"):
+            self.reducer.reduce(self.engine.module.parameters())
         with watch.part("optimizer"):
             self.engine.step()
         value = float(loss.detach())

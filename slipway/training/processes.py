@@ -117,8 +117,14 @@ def _main(sender: Connection, work: Callable[..., Any], rank: int, world: int, m
     caller = multiprocessing.parent_process()
     if caller is None or not caller.is_alive():  # it died before the line above
         os._exit(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo"
+    os.environ.update(  # in the words of torchrun; this machine is one node
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        GROUP_RANK="0",
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world),
+        GLOO_SOCKET_IFNAME="lo",
+        NCCL_SOCKET_IFNAME="lo",
     )
     logging.basicConfig(level="INFO" if rank == 0 else "ERROR", format="%(levelname)s %(name)s: %(message)s")
     try:
