@@ -170,7 +170,7 @@ class TrainParams(Section):
     patience: Annotated[int, Field(ge=0)] = 0
     """Epochs without a better validation metric after which training ends early (0: never)."""
     profile: bool = False
-    """Leave a trace of a few steps that Perfetto opens (reports/trace.json.gz)."""
+    """Leave a trace of a few steps that Perfetto opens (reports/train.trace.json.gz)."""
     restarts: Annotated[int, Field(ge=0, le=100)] = 2
     """Times that the processes are started again from the last checkpoint when one of them was killed (0..100)."""
     checkpoint_every_s: Positive = 30.0

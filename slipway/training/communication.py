@@ -26,6 +26,7 @@ from torch import Tensor
 
 from slipway.config import CommunicationParams, TrainParams
 from slipway.errors import SlipwayError
+from slipway.training import watch
 from slipway.training.powersgd import FACTOR_BYTES, Layout, PowerSGD, auto_rank, decode, layout, pack, unpack
 
 TRIALS = 5  # steps in which `auto` times both ways, after a first one that opens the connections
@@ -155,7 +156,9 @@ class Links:
         following = dict(zip(ring, [*ring[1:], ring[0]], strict=True))
         crossing = [a for a, b in following.items() if self.where.of(a) != self.where.of(b)]
         each = 2 * (len(ring) - 1) / len(ring) * size_bytes
-        self.sent_bytes += each if self.rank in crossing else 0.0
+        mine = each if self.rank in crossing else 0.0
+        watch.sent(mine)
+        self.sent_bytes += mine
         self.sent_all_bytes += each * len(crossing)
 
 

@@ -6,16 +6,19 @@ import logging
 import os
 import sys
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 import torch._dynamo  # DeepSpeed would import it in every process
 
 from slipway.config import TrainParams
+from slipway.training import collectives
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 _blocked = sys.modules.setdefault("mlflow", None) is None  # type: ignore[arg-type]
 import deepspeed  # noqa: E402  # its auto-tuner imports MLflow, 6 s of it, for a feature that is not used: hence above
+from deepspeed.runtime.utils import clip_grad_norm_  # noqa: E402
 
 if _blocked:
     del sys.modules["mlflow"]
@@ -39,6 +42,7 @@ def join(rank: int, world_size: int, meeting: str) -> None:
     deepspeed.init_distributed(
         auto_mpi_discovery=False, init_method=meeting, rank=rank, world_size=world_size, verbose=False
     )
+    collectives.observe()
 
 
 def make(model: torch.nn.Module, train: TrainParams) -> Any:
@@ -65,4 +69,16 @@ def make(model: torch.nn.Module, train: TrainParams) -> Any:
             "steps_per_print": sys.maxsize,
         },
     )
+    engine.clip_fp32_gradients = partial(_clip, engine)
     return engine
+
+
+def _clip(engine: Any) -> None:
+    """Clip as DeepSpeed does at ZeRO 0 in fp32, and keep the norm as it does everywhere else."""
+    engine._global_grad_norm = clip_grad_norm_(parameters=engine.module.parameters(), max_norm=CLIP)
+
+
+def gradient_norm(engine: Any) -> float | None:
+    """Norm of the gradient of the last step, before it was clipped; None where DeepSpeed was told not to compute it."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import math
 import shutil
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +28,9 @@ import numpy as np
 
 from slipway import artifacts, progress
 from slipway.config import Section, TrainParams
-from slipway.errors import CheckpointError, SlipwayError
-from slipway.training import agreement, checkpoints, order, processes, watch
+from slipway.errors import CheckpointError
+from slipway.training import agreement, checkpoints, live, order, processes, watch
+from slipway.training.guard import Guard
 from slipway.workloads.base import Task, Tensors, part
 
 if TYPE_CHECKING:
@@ -37,6 +41,9 @@ WARMUP = 0.05  # share of the training in which the learning rate rises
 FLOOR = 0.02  # share of the peak that the cosine ends at
 
 WEIGHTS, MODEL = "weights.npz", "model.json"
+FIGURES = ("loss", "metric", "seconds", "samples_per_s")  # of a point of the learning curve, as curve/KEY in MLflow
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,10 @@ class Job:
     """Folder of this run's checkpoints."""
     out: Path
     """Folder that rank 0 writes the trained model into."""
+    run: str = ""
+    """The pipeline run whose MLflow run gets the figures while training lasts; empty: none does."""
+    trace: Path | None = None
+    """File, ending in .json.gz, that rank 0 writes a trace of a few steps into."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,8 @@ class Point:
     seconds: float
     """Time in training so far, pauses between runs left out."""
     samples_per_s: float
+    at_ms: int = 0
+    """Wall clock."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +99,8 @@ class State:
     seconds: float = 0.0
     samples: int = 0
     curve: list[Point] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+    """What the meter tells of the run, once it has ended."""
 
     @property
     def best(self) -> Point:
@@ -158,16 +173,19 @@ class _Loop:
     def __init__(self, rank: int, world_size: int, meeting: str, job: Job) -> None:
         import torch
 
-        from slipway.training import communication, engine
+        from slipway.training import communication, engine, meter
 
-        self.rank, self.world_size, self.job, self.torch = rank, world_size, job, torch
+        self.rank, self.world_size, self.job, self.torch, self.tool = rank, world_size, job, torch, engine
         engine.join(rank, world_size, meeting)
         agreement.check(agreement.facts(job.workload, job.data, train=job.train, model=job.model), world_size)
         torch.manual_seed(job.train.seed)
         self.task: Task = part(job.workload, "training").TASK(job.data, job.train, job.model)
         self.engine = engine.make(self.task.model(), job.train)
         self.reducer = communication.attach(self.engine, job.train)
-        self.kept: dict[str, Stateful] = {"communication": self.reducer}
+        self.live = live.Live(job.run if rank == 0 else "")
+        self.meter = meter.Meter(self.task.unit, job.train.precision, self.engine.device, self.live.tell)
+        self.guard = Guard(job.train)
+        self.kept: dict[str, Stateful] = {"communication": self.reducer, "meter": self.meter, "guard": self.guard}
         self.state = State(ranks=world_size)
         self.best: dict[str, np.ndarray[Any, Any]] = {}
         self.saved = self.began = time.monotonic()
@@ -177,19 +195,24 @@ class _Loop:
             self._load(resume)
         self.saved = self.began = time.monotonic()
         bar = progress.Progress("train", self._steps(), "steps", self.state.step) if self.rank == 0 else _Silent()
-        with bar as shown:
+        with bar as shown, self._traced() as traced:
             for epoch in range(self.state.epoch, self.job.train.epochs):
+                if self._stale():
+                    break
                 batches = self.task.epoch(epoch, self.state.ranks)
                 for turn in order.turns(len(batches), self.state.seen, self.rank, self.world_size):
                     with watch.part("data"):
                         batch = batches[turn.index]
                     self._step(batch, turn, (epoch + turn.seen / len(batches)) / self.job.train.epochs)
+                    traced()
                     shown.advance(1, **self._figures(epoch))
                     self._save_when_due()
                 self._end_epoch(len(batches))
+        self.meter.sample()
         if self.rank == 0:
             self._write()
-        return self._now()
+        self.live.close()
+        return replace(self._now(), figures=self.meter.report())
 
     def _steps(self) -> int:
         """Steps of the whole training, for the bar: those done, the rest of this epoch, and the epochs after it."""
@@ -197,28 +220,34 @@ class _Loop:
         rest = -(-(count - state.seen) // self.world_size)
         return state.step + rest + (self.job.train.epochs - state.epoch - 1) * -(-count // self.world_size)
 
+    def _stale(self) -> bool:
+        """Whether the validation metric has not risen for as long as `train.patience` allows; equal on every rank."""
+        patience, curve = self.job.train.patience, self.state.curve
+        stale = 0 < patience <= (curve[-1].epoch - self.state.best.epoch if curve else 0)
+        if stale:
+            log.info("no better %s for %d epochs: training ends", self.task.metric, patience)
+        return stale
+
     def _step(self, batch: Tensors, turn: order.Turn, done: float) -> None:
-        torch, state = self.torch, self.state
+        torch, state, rate = self.torch, self.state, learning_rate(self.job.train.learning_rate, done)
         torch.manual_seed(_mixed(self.job.train.seed, state.epoch, turn.index))
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate(self.job.train.learning_rate, done)
+            group["lr"] = rate
         with watch.part("data"):
             tensors = {name: torch.from_numpy(value).to(self.engine.device) for name, value in batch.items()}
-        with watch.part("forward"):
-            loss = self.engine(**tensors)
-        with watch.part("backward"):
-            self.engine.backward(loss * turn.weight)
+        with self.meter.counting(batch):
+            with watch.part("forward"):
+                loss = self.engine(**tensors)
+            with watch.part("backward"):
+                self.engine.backward(loss * turn.weight)
         with watch.part("communication"):
             self.reducer.reduce(self.engine.module.parameters())
         with watch.part("optimizer"):
             self.engine.step()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise SlipwayError(
-                f"training: the loss is {value} at step {state.step}; lower train.learning_rate (now "
-                f"{self.job.train.learning_rate:g})" + (" or use fp32" if self.job.train.precision != "fp32" else "")
-            )
+        value, norm = float(loss.detach()), self.tool.gradient_norm(self.engine)
+        self.guard.check(state.step, value, norm, skipped=False)
         units = self.task.count(batch) * (turn.seen - state.seen)
+        self.meter.step(value, units, norm, rate)
         total = state.loss + (value if turn.weight else 0.0)
         self.state = replace(state, step=state.step + 1, seen=turn.seen, loss=total, samples=state.samples + units)
 
@@ -229,7 +258,14 @@ class _Loop:
             "loss": now.loss * self.world_size / max(1, now.seen),
             f"{self.task.unit}/s": f"{now.samples / max(now.seconds, 1e-9):,.0f}",
         }
+        if self.meter.samples:
+            figures["mfu"] = f"{self.meter.samples[-1].figures['mfu']:.0%}"
         return figures | ({self.task.metric: self.state.curve[-1].metric} if self.state.curve else {})
+
+    def _traced(self) -> AbstractContextManager[Callable[[], None]]:
+        from slipway.training import profile
+
+        return profile.recording(self.job.trace if self.rank == 0 else None)
 
     def _now(self) -> State:
         return replace(self.state, seconds=self.state.seconds + time.monotonic() - self.began)
@@ -251,19 +287,21 @@ class _Loop:
             metric=total / max(1.0, seen),
             seconds=round(now.seconds, 3),
             samples_per_s=round(now.samples / now.seconds, 1),
+            at_ms=int(time.time() * 1000),
         )
+        self.live.put("curve", point.step, point.at_ms, {key: getattr(point, key) for key in FIGURES})
         if self.rank == 0 and (not self.state.curve or point.metric > self.state.best.metric):
             self.best = _weights(module)
         curve = [*self.state.curve, point]
         self.state = replace(self.state, epoch=now.epoch + 1, seen=0, ranks=self.world_size, loss=0.0, curve=curve)
 
     def _save_when_due(self) -> None:
-        due = self.torch.tensor(
-            [time.monotonic() - self.saved >= self.job.train.checkpoint_every_s], dtype=self.torch.int32
-        )
-        due = due.to(self.engine.device)
-        self.torch.distributed.broadcast(due, 0)  # one clock decides for all
-        if due.item():
+        # Rank 0's clock decides for all; but none is written while the loss of any process is suspicious.
+        due = self.rank != 0 or time.monotonic() - self.saved >= self.job.train.checkpoint_every_s
+        agreed = self.torch.tensor([due and self.guard.calm], dtype=self.torch.int32, device=self.engine.device)
+        with watch.part("communication"):
+            self.torch.distributed.all_reduce(agreed, self.torch.distributed.ReduceOp.MIN)
+        if agreed.item():
             with watch.part("checkpoint"):
                 checkpoints.write(
                     self.job.checkpoints, self.state.step, self.rank == 0, self._fill, self.torch.distributed.barrier

@@ -13,7 +13,10 @@ Times are the host's: on an accelerator, kernels run on behind them, and a part 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
+from typing import Any
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "validation", "checkpoint")
 
@@ -21,6 +24,7 @@ _spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
 _open: list[part] = []
 _sent = 0
 _gauges: dict[str, float] = {}
+_mark: Callable[[str], AbstractContextManager[Any]] | None = None
 # One stack a process, like the root logger, so that a collective deep in a hook needs no clock handed down. The thread
 # that trains waits while autograd's own threads run hooks, so the stack is never used by two at once.
 
@@ -28,19 +32,22 @@ _gauges: dict[str, float] = {}
 class part:  # noqa: N801  # reads as a verb's object where it is used
     """Count the time inside as that of one of `PARTS`, less what parts inside of it take."""
 
-    __slots__ = ("_began", "_inside", "_name")
+    __slots__ = ("_began", "_inside", "_marked", "_name")
 
     def __init__(self, name: str) -> None:
         if name not in _spent:
             raise KeyError(name)
         self._name, self._inside = name, 0.0
+        self._marked = _mark(name) if _mark else nullcontext()
 
     def __enter__(self) -> None:
         _open.append(self)
+        self._marked.__enter__()
         self._began = time.perf_counter()
 
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         whole = time.perf_counter() - self._began
+        self._marked.__exit__(None, None, None)
         _open.pop()
         _spent[self._name] += whole - self._inside
         if _open:
@@ -71,3 +78,9 @@ def gauge(name: str, value: float) -> None:
 def gauges() -> dict[str, float]:
     """The latest value of every figure that was told."""
     return dict(_gauges)
+
+
+def mark(each: Callable[[str], AbstractContextManager[Any]] | None) -> None:
+    """Enter `each(name)` with every part from now on, so that a profiler's trace names them; None: no more."""
+    global _mark
+    _mark = each

@@ -1,0 +1,171 @@
+"""The figures of a run: operations against a known count, traffic against the parameters, time that adds up."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812  # its usual name
+
+from slipway.training import flops, loop, watch
+from slipway.training.meter import KEPT, Meter, Sample
+from tests.training.test_loop import job, weights
+
+CPU = torch.device("cpu")
+
+
+def meter() -> tuple[Meter, list[Sample]]:
+    told: list[Sample] = []
+    return Meter("tokens", "fp32", CPU, told.append), told
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32, bias=False), nn.Linear(32, 8, bias=False)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        heads = x_BTD.unsqueeze(1)  # one head: the fused kernel takes four dimensions
+        mixed_BTD = F.scaled_dot_product_attention(heads, heads, heads).squeeze(1)
+        return cast(torch.Tensor, self.down(self.dropout(self.up(mixed_BTD))).square().mean())
+
+
+def train(model: Small, counter: flops.Counter | None, batch: int) -> list[torch.Tensor]:
+    torch.manual_seed(7)
+    x_BTD = torch.linspace(-1, 1, batch * 4 * 8).view(batch, 4, 8).requires_grad_()
+    if counter is None:
+        model(x_BTD).backward()
+    else:
+        with counter.counting({"x_BTD": np.zeros(x_BTD.shape)}):
+            model(x_BTD).backward()
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return grads
+
+
+def test_operations_are_counted_once_a_shape_and_equal_the_count_by_hand() -> None:
+    model, counter = Small(), flops.Counter()
+    linear = 3 * 2 * (3 * 4) * (8 * 32 + 32 * 8)  # forward, dX and dW of both, on 3 x 4 places
+    forward = 2 * 2 * 3 * 4 * 4 * 8  # the logits and the mix of 3 samples
+    attention = forward + 5 * forward // 2  # its backward pass computes the logits anew: five products
+    for done in (1, 2, 3):
+        train(model, counter, batch=3)
+        assert counter.total == done * (linear + attention)
+    train(model, counter, batch=6)
+    assert counter.total == 5 * (linear + attention)
+
+
+def test_counting_changes_no_gradient() -> None:
+    torch.manual_seed(1)
+    model = Small()
+    plain = train(model, None, batch=3)
+    counted = train(model, flops.Counter(), batch=3)
+    assert len(plain) == 2
+    assert all(torch.equal(a, b) for a, b in zip(plain, counted, strict=True))
+
+
+def test_shapes_beyond_the_limit_are_estimated_by_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flops, "SHAPES", 1)
+    model, counter = Small(), flops.Counter()
+    train(model, counter, batch=3)
+    once = counter.total
+    train(model, counter, batch=6)
+    assert counter.total == pytest.approx(3 * once)
+
+
+def test_measuring_the_peak_is_short_and_leaves_the_generator_alone() -> None:
+    state, began = torch.get_rng_state(), time.perf_counter()
+    assert 1e8 < flops.peak("fp32", CPU) < 1e14
+    assert time.perf_counter() - began < 2  # 0.2 on a quiet machine
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_sample_tells_of_the_steps_since_the_one_before() -> None:
+    told_by, told = meter()
+    for loss in (1.0, 3.0):
+        with watch.part("data"):
+            time.sleep(0.05)
+        watch.sent(1000)
+        told_by.step(loss, units=64, norm=loss, rate=0.1)
+    watch.gauge("workers", 3)
+    told_by.sample()
+    told_by.step(math.nan, units=64, norm=math.inf, rate=0.1, scale=1024.0, skipped=True)
+    told_by.step(5.0, units=64, norm=2.0, rate=0.1, scale=1024.0)
+    told_by.sample()
+    first, second = told[0].figures, told[-1].figures
+    assert (told[0].step, told[-1].step) == (2, 4)
+    assert (first["loss"], first["grad_norm"], first["sent_bytes_per_step"]) == (2.0, 3.0, 1000)
+    assert first["data_share"] > 0.9
+    assert 128 / 0.3 < first["tokens_per_s"] < 128 / 0.1
+    assert "loss_scale" not in first
+    assert (second["loss"], second["skipped_steps"], second["loss_scale"], second["workers"]) == (5.0, 1, 1024, 3)
+    assert "grad_norm" not in second, "an overflow's infinite norm is no figure"
+
+
+def test_a_long_run_keeps_a_bounded_history_with_its_end() -> None:
+    told_by, told = meter()
+    for step in range(5 * KEPT):
+        told_by.step(float(step), units=1, norm=1.0, rate=0.1)
+        told_by.sample()
+    assert len(told) >= 5 * KEPT
+    assert KEPT / 2 <= len(told_by.samples) <= KEPT
+    assert told_by.samples[-1].step == 5 * KEPT
+    assert all(sample in told for sample in told_by.samples)
+
+
+def test_what_a_run_that_goes_on_tells_begins_where_it_stopped() -> None:
+    one, _ = meter()
+    one.step(1.0, units=10, norm=1.0, rate=0.1)
+    one.sample()
+    stopped = one.state_dict()
+    time.sleep(0.2)
+    two, told = meter()
+    two.load_state_dict(stopped)
+    two.step(2.0, units=10, norm=1.0, rate=0.1)
+    two.sample()
+    assert [sample.step for sample in two.samples] == [1, 2]
+    assert told[0].seconds < stopped["totals"]["seconds"] + 0.15, "the pause between two runs is no training"
+    assert two.totals()["units"] == 20
+
+
+@pytest.mark.slow
+def test_a_run_tells_its_figures_and_leaves_a_trace(tmp_path: Path) -> None:
+    mine = job(tmp_path, zero=0, checkpoint_every_s=60.0, profile=True)
+    mine = replace(mine, trace=tmp_path / "train.trace.json.gz")
+    state = loop.train(mine)
+    found = state.figures
+    parameters = sum(len(value) // 4 for value in weights(mine.out).values())
+    # A ring of two sends (2 - 1) / 2 of the gradient, twice; beside it, the loss scale and norms: a few bytes.
+    assert 4 * parameters <= found["sent_bytes_per_step"] < 4 * parameters + 200
+    shares = found["time_share"]
+    assert sum(shares.values()) == pytest.approx(1, abs=0.001)
+    assert min(shares[name] for name in ("data", "forward", "backward", "optimizer", "communication")) > 0
+    assert 0 < found["mfu"] < 1
+    last = found["history"][-1]
+    assert last["step"] == state.curve[-1].step
+    assert {"loss", "sequences_per_s", "mfu", "grad_norm", "rss_bytes", "data_share"} <= set(last)
+    events = json.loads(gzip.decompress(mine.trace.read_bytes() if mine.trace else b""))["traceEvents"]
+    names = [event["name"] for event in events if event.get("ph") == "X"]
+    assert names.count("forward") == 5
+    assert {"backward", "optimizer", "aten::mm"} <= set(names)
+
+
+@pytest.mark.slow
+def test_training_ends_early_and_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    turned = {"epochs": 60, "patience": 2, "learning_rate": 0.02, "checkpoint_every_s": 60.0, "zero": 0}
+    one, two = job(tmp_path / "one", **turned), job(tmp_path / "two", **turned)
+    first, second = loop.train(one), loop.train(two)
+    assert len(first.curve) < 60
+    assert first.curve[-1].epoch == first.best.epoch + 2
+    assert [(p.loss, p.metric) for p in first.curve] == [(p.loss, p.metric) for p in second.curve]
+    assert weights(one.out) == weights(two.out)
