@@ -188,6 +188,12 @@ class TrainParams(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _offloads(self) -> TrainParams:
+        if self.offload != "none" and self.zero == 0:
+            raise ValueError(f"offload {self.offload} needs zero 1, 2, 3 or auto; at stage 0 nothing is partitioned")
+        return self
+
 
 class CompressParams(Section):
     """Compression and the gate that a compressed model has to pass."""

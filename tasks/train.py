@@ -44,6 +44,7 @@ def run(params: Params, report: Report) -> None:
         report[name] = value
     if TRACE.exists():
         report["trace"] = TRACE
+    report["loss_scale"] = [asdict(change) for change in state.loss_scale]
     loop.forget(checkpoints)
 
 

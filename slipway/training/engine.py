@@ -7,13 +7,19 @@ import os
 import sys
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo  # DeepSpeed would import it in every process
 
 from slipway.config import TrainParams
-from slipway.training import collectives
+from slipway.training import collectives, precision, zero
+from slipway.training.precision import loss_scale as loss_scale  # the engine's questions, in one place
+from slipway.training.precision import overflowed as overflowed
+from slipway.training.zero import evaluating as evaluating
+from slipway.training.zero import state_bytes as state_bytes
+from slipway.training.zero import weights as weights
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 _blocked = sys.modules.setdefault("mlflow", None) is None  # type: ignore[arg-type]
@@ -45,13 +51,18 @@ def join(rank: int, world_size: int, meeting: str) -> None:
     collectives.observe()
 
 
-def make(model: torch.nn.Module, train: TrainParams) -> Any:
+def make(model: torch.nn.Module, train: TrainParams, disk: Path) -> Any:
     """Wrap `model` in a DeepSpeed engine with ZeRO and the precision that were asked for; `join` comes before.
 
     Args:
         model: the module, whose forward gives the loss.
         train: precision, ZeRO stage, weight decay, batch size.
+        disk: folder that offload to disk makes its files in.
+
+    Raises:
+        ParamsError: the accelerator does not have the precision.
     """
+    precision.check(train)
     # torch's own AdamW: DeepSpeed's would be compiled at its first use (194 s).
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=train.learning_rate, betas=(0.9, 0.98), weight_decay=train.weight_decay
@@ -63,13 +74,17 @@ def make(model: torch.nn.Module, train: TrainParams) -> Any:
             "train_micro_batch_size_per_gpu": train.batch_size,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": CLIP,
-            "zero_optimization": {"stage": train.zero},
+            "zero_optimization": zero.configuration(train, sum(p.numel() for p in model.parameters())),
             "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": train.precision == "bf16"},
+            "zero_force_ds_cpu_optimizer": False,  # its CPUAdam would be compiled, too
+            **precision.configuration(train),
             "steps_per_print": sys.maxsize,
         },
     )
     engine.clip_fp32_gradients = partial(_clip, engine)
+    if train.precision == "fp16":
+        precision.steer(engine.optimizer, train.loss_scale)
+    settle(engine, train, disk)
     return engine
 
 
@@ -82,3 +97,9 @@ def gradient_norm(engine: Any) -> float | None:
     """Norm of the gradient of the last step, before it was clipped; None where DeepSpeed was told not to compute it."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
+
+
+def settle(engine: Any, train: TrainParams, disk: Path) -> None:
+    """Put the engine's tensors where they belong; also after a checkpoint was loaded, which makes new ones."""
+    if train.offload == "disk":
+        zero.move_to_disk(engine, disk)

@@ -34,7 +34,6 @@ from slipway.training.guard import Guard
 from slipway.workloads.base import Task, Tensors, part
 
 if TYPE_CHECKING:
-    import torch
     from torch.distributed.checkpoint.stateful import Stateful
 
 WARMUP = 0.05  # share of the training in which the learning rate rises
@@ -84,6 +83,17 @@ class Point:
 
 
 @dataclass(frozen=True)
+class LossScale:
+    """A change of fp16's loss scale, or its first value."""
+
+    step: int
+    scale: float
+    """Scale from the next step on."""
+    overflow: bool
+    """A gradient overflowed in this step, which was skipped."""
+
+
+@dataclass(frozen=True)
 class State:
     """Where a run stands; travels with its checkpoints."""
 
@@ -101,6 +111,10 @@ class State:
     curve: list[Point] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     """What the meter tells of the run, once it has ended."""
+    lost: int = 0
+    """Steps of this epoch that fp16 skipped because the loss was no number; they are not in `loss`."""
+    loss_scale: list[LossScale] = field(default_factory=list)
+    """fp16 alone."""
 
     @property
     def best(self) -> Point:
@@ -180,7 +194,8 @@ class _Loop:
         agreement.check(agreement.facts(job.workload, job.data, train=job.train, model=job.model), world_size)
         torch.manual_seed(job.train.seed)
         self.task: Task = part(job.workload, "training").TASK(job.data, job.train, job.model)
-        self.engine = engine.make(self.task.model(), job.train)
+        self.disk = job.checkpoints.parent / "offload"
+        self.engine = engine.make(self.task.model(), job.train, self.disk)
         self.reducer = communication.attach(self.engine, job.train)
         self.live = live.Live(job.run if rank == 0 else "")
         self.meter = meter.Meter(self.task.unit, job.train.precision, self.engine.device, self.live.tell)
@@ -244,12 +259,28 @@ class _Loop:
             self.reducer.reduce(self.engine.module.parameters())
         with watch.part("optimizer"):
             self.engine.step()
-        value, norm = float(loss.detach()), self.tool.gradient_norm(self.engine)
-        self.guard.check(state.step, value, norm, skipped=False)
+        value, norm, skipped = float(loss.detach()), self.tool.gradient_norm(self.engine), self._scaled()
+        self.guard.check(state.step, value, norm, skipped)
         units = self.task.count(batch) * (turn.seen - state.seen)
-        self.meter.step(value, units, norm, rate)
-        total = state.loss + (value if turn.weight else 0.0)
-        self.state = replace(state, step=state.step + 1, seen=turn.seen, loss=total, samples=state.samples + units)
+        self.meter.step(value, units, None if skipped else norm, rate, self.tool.loss_scale(self.engine), skipped)
+        lost = bool(turn.weight) and not math.isfinite(value)
+        total = state.loss + (value if turn.weight and not lost else 0.0)
+        self.state = replace(
+            self.state,
+            step=state.step + 1,
+            seen=turn.seen,
+            loss=total,
+            lost=state.lost + lost,
+            samples=state.samples + units,
+        )
+
+    def _scaled(self) -> bool:
+        """Note a change of the loss scale; whether this step was skipped for an overflow."""
+        scale, skipped = self.tool.loss_scale(self.engine), self.tool.overflowed(self.engine)
+        known, step = self.state.loss_scale, self.state.step
+        if scale is not None and (skipped or not known or scale != known[-1].scale):
+            self.state = replace(self.state, loss_scale=[*known, LossScale(step, scale, skipped)])
+        return skipped
 
     def _figures(self, epoch: int) -> dict[str, float | str]:
         now = self._now()
@@ -271,29 +302,31 @@ class _Loop:
         return replace(self.state, seconds=self.state.seconds + time.monotonic() - self.began)
 
     def _end_epoch(self, batches: int) -> None:
-        module = self.engine.module
-        module.eval()
-        with watch.part("validation"), self.torch.no_grad():
+        with watch.part("validation"), self.tool.evaluating(self.engine) as module:
             metric, count = self.task.validate(module, self.rank)
-        module.train()
-        sums = self.torch.tensor([metric, count, self.state.loss], dtype=self.torch.float64, device=self.engine.device)
+        lost = self.state.lost
+        sums = self.torch.tensor(
+            [metric, count, self.state.loss, lost], dtype=self.torch.float64, device=self.engine.device
+        )
         self.torch.distributed.all_reduce(sums)
-        total, seen, loss = sums.tolist()
+        total, seen, loss, lost = sums.tolist()
         now = self._now()
         point = Point(
             epoch=now.epoch + 1,
             step=now.step,
-            loss=loss / batches,
+            loss=loss / max(1.0, batches - lost),
             metric=total / max(1.0, seen),
             seconds=round(now.seconds, 3),
             samples_per_s=round(now.samples / now.seconds, 1),
             at_ms=int(time.time() * 1000),
         )
         self.live.put("curve", point.step, point.at_ms, {key: getattr(point, key) for key in FIGURES})
-        if self.rank == 0 and (not self.state.curve or point.metric > self.state.best.metric):
-            self.best = _weights(module)
+        if not self.state.curve or point.metric > self.state.best.metric:
+            self.best = self.tool.weights(self.engine)  # of all ranks together
         curve = [*self.state.curve, point]
-        self.state = replace(self.state, epoch=now.epoch + 1, seen=0, ranks=self.world_size, loss=0.0, curve=curve)
+        self.state = replace(
+            self.state, epoch=now.epoch + 1, seen=0, ranks=self.world_size, loss=0.0, lost=0, curve=curve
+        )
 
     def _save_when_due(self) -> None:
         # Rank 0's clock decides for all; but none is written while the loss of any process is suspicious.
@@ -321,8 +354,10 @@ class _Loop:
             self.engine.load_checkpoint(str(folder), tag="engine")
         except (RuntimeError, KeyError, ValueError, OSError) as error:
             raise CheckpointError(f"{folder}: does not fit this model ({error}); remove it to start again") from error
+        self.tool.settle(self.engine, self.job.train, self.disk)
         raw = artifacts.read_json(folder / f"state-{self.rank}.json")
-        self.state = State(**{**raw, "curve": [Point(**point) for point in raw["curve"]]})
+        curve, scales = [Point(**point) for point in raw["curve"]], [LossScale(**scale) for scale in raw["loss_scale"]]
+        self.state = State(**{**raw, "curve": curve, "loss_scale": scales})
         for name, kept in self.kept.items():
             kept.load_state_dict(self.torch.load(folder / f"{name}-{self.rank}.pt", weights_only=True))
         if self.rank == 0:
@@ -349,7 +384,3 @@ class _Silent:
 
 def _mixed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _weights(module: torch.nn.Module) -> dict[str, np.ndarray[Any, Any]]:
-    return {name: value.detach().float().cpu().numpy().copy() for name, value in module.state_dict().items()}

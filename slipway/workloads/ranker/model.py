@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812  # its usual name
 
 from slipway.workloads.ranker.params import RankerParams
 
-HIDDEN = -1e9  # finite: a row that is padding throughout must not become NaN
+HIDDEN = -1e4  # finite, also in fp16: a row that is padding throughout must not become NaN
 
 
 class Block(nn.Module):
