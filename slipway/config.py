@@ -49,11 +49,20 @@ class Columns(Section):
     """Column of the time (name, or position from 0); empty: the order of the rows counts."""
 
 
-class IngestParams(Section):
-    """Where the events come from and which of them are kept."""
+class TokenizerParams(Section):
+    """What cuts texts into tokens: trained on the source, or given."""
 
-    source: Annotated[str, Field(min_length=1), turn()] = "imports"
-    """Path or URL of a CSV, TSV, Parquet or text table, or `imports`: the embedded data set."""
+    vocabulary: Annotated[int, Field(ge=257, le=1_048_576)] = 2048
+    """Tokens that are trained on the source, byte-level BPE (257..1048576: every byte, and the end of a text)."""
+    file: str | None = None
+    """Path of a tokenizer.json that is used instead; empty: one is trained."""
+
+
+class IngestParams(Section):
+    """Where the data come from and which of them are kept."""
+
+    source: Annotated[str, Field(min_length=1), turn()] = "embedded"
+    """A table (ranker; also a URL), a text file or a folder of them (llm), or `embedded`: what is there."""
     format: Literal["auto", "csv", "tsv", "parquet", "text"] = "auto"
     """Form of the source; auto: by its ending (text: columns parted by blanks, no header)."""
     columns: Columns = Columns()
@@ -64,8 +73,10 @@ class IngestParams(Section):
     """Items with fewer events are left out (events, 1 or more)."""
     memory_mb: Annotated[int, Field(ge=128)] = 1024
     """Memory that reading and sorting may use (MB, 128 or more); what does not fit goes to disk."""
+    tokenizer: TokenizerParams = TokenizerParams()
+    """How texts are cut into tokens; tables have none."""
     distributions: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("pandas",)
-    """Installed Python distributions that the `imports` data set is mined from."""
+    """Installed Python distributions that the ranker's embedded data are mined from."""
 
     @field_validator("source")
     @classmethod
@@ -79,17 +90,17 @@ class ValidateParams(Section):
     """When data are too bad to train on. Hard limits stop the pipeline, soft ones warn."""
 
     max_null_ratio: Share = 0.0
-    """Hard: share of rows without a user, an item or a time (0..1)."""
+    """Hard: share of rows without a user, an item or a time, or of texts that are empty or not UTF-8 (0..1)."""
     max_duplicate_ratio: Share = 0.01
-    """Hard: share of rows that repeat an earlier user, item and time (0..1)."""
+    """Hard: share of rows, or of texts, that repeat an earlier one (0..1)."""
     min_users: Count = 100
-    """Hard: users after filtering (1 or more)."""
+    """Hard: users after filtering (1 or more); texts have none."""
     min_items: Count = 20
-    """Hard: items after filtering (1 or more)."""
+    """Hard: items after filtering (1 or more); texts have none."""
     min_volume_ratio: Share = 0.5
-    """Hard: events against the last accepted version of the same source (0..1)."""
+    """Hard: events or tokens against the last accepted version of the same source (0..1)."""
     max_psi: Positive = 0.2
-    """Soft: population stability index of the item distribution against the last accepted version (over 0)."""
+    """Soft: population stability index of the items or tokens against the last accepted version (over 0)."""
 
 
 class LossScaleParams(Section):

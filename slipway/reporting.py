@@ -5,7 +5,7 @@ content, so that DVC sees no change where there is none. Its looks stand in repo
 
     figure, axes = canvas("items", "users")
     axes.bar(...)
-    write_html(path, "Validation", "imports", [Tile("users", "5,012")], [Chapter("Shape", [Plot("Lengths", figure)])])
+    write_html(path, "Validation", "embedded", [Tile("users", "5,012")], [Chapter("Shape", [Plot("Lengths", figure)])])
 """
 
 from __future__ import annotations

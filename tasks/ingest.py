@@ -1,6 +1,6 @@
-"""Read the source into columnar, sorted, memory-mappable sequences.
+"""Read the source into columns that are mapped into memory, not read.
 
-Reads   ingest.source: a path or URL of a table of events, or `imports`, the embedded data set
+Reads   ingest.source: a table of events, a text file or folder, or `embedded`, as the workload understands it
 Writes  data/ingest (whole or absent), reports/ingest.json
 """
 

@@ -50,9 +50,9 @@ def git(folder: Path, *arguments: str) -> str:
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "checkout"
     for name, text in {
-        "params.yaml": "workload: ranker\n\ntrain:\n  epochs: 2\n\ningest:\n  source: imports\n",
+        "params.yaml": "workload: ranker\n\ntrain:\n  epochs: 2\n\ningest:\n  source: embedded\n",
         "dvc.yaml": PIPELINE,
-        "imports": "embedded\n",
+        "embedded": "embedded\n",
         "tasks/__init__.py": "",
         "tasks/ingest.py": STAGE,
         ".gitignore": "/data/\n/reports/\n/.slipway/\n__pycache__/\n",
@@ -78,12 +78,12 @@ def repro(folder: Path, run: str) -> tuple[Outcome, list[str], Command]:
 
 
 def test_a_run_has_its_own_parameters_and_the_checkout_stays_as_it_was(checkout: Path) -> None:
-    (checkout / "imports").write_text("changed, and not committed\n")
+    (checkout / "embedded").write_text("changed, and not committed\n")
     made = workspace.create("one", checkout, {"train.epochs": 7})
     assert config.load(made.folder / "params.yaml").train.epochs == 7
     assert made.dirty
-    assert (made.folder / "imports").read_text() == "embedded\n"
-    assert git(checkout, "status", "--porcelain") == "M imports"
+    assert (made.folder / "embedded").read_text() == "embedded\n"
+    assert git(checkout, "status", "--porcelain") == "M embedded"
     assert made.commit == git(checkout, "rev-parse", "HEAD")
     assert config.load(checkout / "params.yaml").train.epochs == 2
 

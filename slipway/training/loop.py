@@ -18,7 +18,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -80,6 +80,8 @@ class Point:
     samples_per_s: float
     at_ms: int = 0
     """Wall clock."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """What the metric also tells, such as perplexity."""
 
 
 @dataclass(frozen=True)
@@ -291,7 +293,10 @@ class _Loop:
         }
         if self.meter.samples:
             figures["mfu"] = f"{self.meter.samples[-1].figures['mfu']:.0%}"
-        return figures | ({self.task.metric: self.state.curve[-1].metric} if self.state.curve else {})
+        if not self.state.curve:
+            return figures
+        last = self.state.curve[-1]
+        return {**figures, self.task.metric: last.metric, **last.figures}
 
     def _traced(self) -> AbstractContextManager[Callable[[], None]]:
         from slipway.training import profile
@@ -316,11 +321,13 @@ class _Loop:
             step=now.step,
             loss=loss / max(1.0, batches - lost),
             metric=total / max(1.0, seen),
+            figures=dict(self.task.figures(total / max(1.0, seen))),
             seconds=round(now.seconds, 3),
             samples_per_s=round(now.samples / now.seconds, 1),
             at_ms=int(time.time() * 1000),
         )
-        self.live.put("curve", point.step, point.at_ms, {key: getattr(point, key) for key in FIGURES})
+        shown = {key: getattr(point, key) for key in FIGURES}
+        self.live.put("curve", point.step, point.at_ms, {**shown, **point.figures})
         if not self.state.curve or point.metric > self.state.best.metric:
             self.best = self.tool.weights(self.engine)  # of all ranks together
         curve = [*self.state.curve, point]

@@ -93,6 +93,9 @@ class Task(Protocol):
         Every rank runs the model equally often: a partitioned model (ZeRO 3) is gathered by all of them together.
         """
 
+    def figures(self, metric: float) -> Mapping[str, float]:
+        """What a value of the metric also tells people, by name, such as perplexity."""
+
 
 class Endpoint(Protocol):
     """The friendly endpoint of a workload, made from its package by `schema.ENDPOINT(folder)`."""

@@ -47,7 +47,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("slipway", "tasks", "dags", ".dvc"):
         ignored = shutil.ignore_patterns("__pycache__", "tmp", "cache", "config.local")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    for name in ("params.yaml", "dvc.yaml", "imports", ".gitignore"):
+    for name in ("params.yaml", "dvc.yaml", "embedded", ".gitignore"):
         shutil.copyfile(ROOT / name, folder / name)
     for name in ("deploy", "canary", "chaos", "promote", "rollback"):
         doc = (folder / "tasks" / f"{name}.py").read_text().split('"""')[1]

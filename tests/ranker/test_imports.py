@@ -48,13 +48,14 @@ def test_a_file_that_does_not_parse_has_no_imports(tmp_path: Path, text: bytes) 
 
 
 def test_the_embedded_data_are_the_same_bytes_each_time(tmp_path: Path) -> None:
-    params = config.parse({"ingest": {"source": "imports", "distributions": ["rich", "aiohttp"], "min_item_events": 3}})
+    few = {"source": "embedded", "distributions": ["rich", "aiohttp"], "min_item_events": 3}
+    params = config.parse({"ingest": few})
     for name in ("one", "other"):
         with artifacts.writing(tmp_path / name) as folder:
             ingest(params, folder, {})
     assert artifacts.sha256(tmp_path / "one") == artifacts.sha256(tmp_path / "other")
     data = sequences.load(tmp_path / "one")
-    assert data.meta["source"] == "imports"
+    assert data.meta["source"] == "embedded"
     assert "typing" in data.item_keys
     user = data.user_keys.index("rich/table.py")
     assert len(set(data.of(user).tolist())) == len(data.of(user))

@@ -1,4 +1,4 @@
-"""The embedded data set: which modules the source files of installed Python packages import, in their order.
+"""The embedded data: which modules the source files of installed Python packages import, in their order.
 
 A "user" is a source file, an "item" the dotted name of a module it imports: real sequences that are there offline, and
 the same wherever the same lock is installed. `from a.b import c` counts as `a.b`: with `a.b.c` half of the items are

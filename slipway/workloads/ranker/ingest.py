@@ -33,7 +33,7 @@ from slipway.workloads.ranker import imports
 from slipway.workloads.ranker.database import Database, connect
 from slipway.workloads.ranker.sources import Table, open_table
 
-EMBEDDED = "imports"
+EMBEDDED = "embedded"
 MAX_REJECTS = 1000
 NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 

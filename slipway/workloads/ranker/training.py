@@ -9,7 +9,7 @@ is short.
 # U users, E events, W windows, B batch, T time, N negatives, I items
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -143,6 +143,10 @@ class RankerTask:
         for at in range(0, len(users), VALIDATION_BATCH):
             total += self._gain(model, users[at : at + VALIDATION_BATCH])
         return total, len(users)
+
+    def figures(self, metric: float) -> Mapping[str, float]:
+        """Nothing beside it."""
+        return {}
 
     def _gain(self, model: Ranker, users: Ints) -> float:
         offsets = self.data.offsets

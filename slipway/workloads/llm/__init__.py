@@ -1,0 +1,1 @@
+"""The llm: a causal language model of the DeepSeek-V3 architecture, on texts."""
