@@ -152,7 +152,7 @@ def _figures(name: str, report: Mapping[str, Any]) -> Iterator[tuple[str, float,
         if not isinstance(point, Mapping):
             continue
         step = int(point.get("step", point.get("epoch", index)))
-        for key, value in point.items():
+        for key, value in {**point, **point.get("figures", {})}.items():
             if key not in {"step", "epoch"} and _is_figure(value):
                 yield _legal(f"curve/{key}"), float(value), at, step
 
