@@ -13,6 +13,7 @@ number of them it starts anew, with a warning.
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import logging
 import math
@@ -31,6 +32,7 @@ from slipway.config import Section, TrainParams
 from slipway.errors import CheckpointError
 from slipway.training import agreement, checkpoints, live, order, processes, watch
 from slipway.training.guard import Guard
+from slipway.training.loader import Loader
 from slipway.workloads.base import Task, Tensors, part
 
 if TYPE_CHECKING:
@@ -195,7 +197,7 @@ class _Loop:
         engine.join(rank, world_size, meeting)
         agreement.check(agreement.facts(job.workload, job.data, train=job.train, model=job.model), world_size)
         torch.manual_seed(job.train.seed)
-        self.task: Task = part(job.workload, "training").TASK(job.data, job.train, job.model)
+        self.task = _task(job)
         self.disk = job.checkpoints.parent / "offload"
         self.engine = engine.make(self.task.model(), job.train, self.disk)
         self.reducer = communication.attach(self.engine, job.train)
@@ -212,14 +214,17 @@ class _Loop:
             self._load(resume)
         self.saved = self.began = time.monotonic()
         bar = progress.Progress("train", self._steps(), "steps", self.state.step) if self.rank == 0 else _Silent()
-        with bar as shown, self._traced() as traced:
+        loader = Loader(functools.partial(_task, self.job), self.job.train.loader)
+        with bar as shown, self._traced() as traced, loader:
             for epoch in range(self.state.epoch, self.job.train.epochs):
                 if self._stale():
                     break
                 batches = self.task.epoch(epoch, self.state.ranks)
-                for turn in order.turns(len(batches), self.state.seen, self.rank, self.world_size):
+                turns = order.turns(len(batches), self.state.seen, self.rank, self.world_size)
+                made = loader.epoch(epoch, self.state.ranks, batches, [turn.index for turn in turns])
+                for turn in turns:
                     with watch.part("data"):
-                        batch = batches[turn.index]
+                        batch = next(made)
                     self._step(batch, turn, (epoch + turn.seen / len(batches)) / self.job.train.epochs)
                     traced()
                     shown.advance(1, **self._figures(epoch))
@@ -376,6 +381,11 @@ class _Loop:
         out.mkdir(parents=True, exist_ok=True)
         np.savez(out / WEIGHTS, **self.best)  # type: ignore[arg-type]  # the stub takes them for allow_pickle
         artifacts.write_json(out / MODEL, {"workload": self.job.workload, **self.task.about()})
+
+
+def _task(job: Job) -> Task:
+    task: Task = part(job.workload, "training").TASK(job.data, job.train, job.model)
+    return task
 
 
 class _Silent:

@@ -83,7 +83,7 @@ def _gather(ranks: dict[Connection, ForkServerProcess]) -> Any:
             except EOFError:
                 process.join(GRACE_S)
                 raise TransientError(
-                    f"training: {process.name} ended with {_cause(process.exitcode)}; run the stage again: it goes on "
+                    f"training: {process.name} ended with {cause(process.exitcode)}; run the stage again: it goes on "
                     "from its last checkpoint"
                 ) from None
             if failed:
@@ -93,7 +93,8 @@ def _gather(ranks: dict[Connection, ForkServerProcess]) -> Any:
     return answers["rank 0"]
 
 
-def _cause(code: int | None) -> str:
+def cause(code: int | None) -> str:
+    """Tell how a process ended, from its exit code as multiprocessing gives it."""
     if code is not None and code < 0:
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         return signal.Signals(-code).name + hint
@@ -111,12 +112,17 @@ def _end(processes: list[ForkServerProcess]) -> None:
             process.join()
 
 
-def _main(sender: Connection, work: Callable[..., Any], rank: int, world: int, meeting: str, *rest: Any) -> None:
-    """Live and die as one rank."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # of the server, which ends with the caller
+def end_with_server() -> None:
+    """Have the kernel end this process with the server that it was forked from, which ends with the caller."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     caller = multiprocessing.parent_process()
     if caller is None or not caller.is_alive():  # it died before the line above
         os._exit(1)
+
+
+def _main(sender: Connection, work: Callable[..., Any], rank: int, world: int, meeting: str, *rest: Any) -> None:
+    """Live and die as one rank."""
+    end_with_server()
     os.environ.update(  # in the words of torchrun; this machine is one node
         RANK=str(rank),
         WORLD_SIZE=str(world),
