@@ -19,7 +19,8 @@ from slipway.workloads.ranker import metrics, scoring
 from slipway.workloads.ranker.graph import OUTPUT, RankerGraph
 from slipway.workloads.ranker.model import Ranker
 from slipway.workloads.ranker.params import RankerParams
-from slipway.workloads.ranker.training import RankerTask, windows
+from slipway.workloads.ranker.training import RankerTask
+from slipway.workloads.ranker.windows import windows
 from tests.ranker import data
 
 ITEMS = 40
@@ -107,7 +108,7 @@ def test_an_epoch_holds_every_window_once_and_is_the_same_each_time(tmp_path: Pa
     train = TrainParams(batch_size=4, world_size=2)
     one, again = RankerTask(folder, train, PARAMS).epoch(3, 2), RankerTask(folder, train, PARAMS).epoch(3, 2)
     assert len(one) == math.ceil(50 / 4)
-    assert sorted(np.concatenate(one.batches).tolist()) == list(range(50))
+    assert sorted(np.concatenate([one.order[i][0] for i in range(len(one))])) == one.data.offsets[:-1].tolist()
     for mine, same in zip(one, again, strict=True):
         assert all((mine[name] == same[name]).all() for name in mine)
     longest = [max(len(one[at]["history_BT"][0]), len(one[at + 1]["history_BT"][0])) for at in range(0, 12, 2)]

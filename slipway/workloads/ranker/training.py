@@ -6,7 +6,7 @@ Windows of like length share a batch, because the model's cost grows with the lo
 is short.
 """
 
-# U users, E events, W windows, B batch, T time, N negatives, I items
+# U users, E events, B batch, T time, N negatives, I items
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -26,34 +26,12 @@ from slipway.workloads.ranker.metrics import gains
 from slipway.workloads.ranker.model import Ranker
 from slipway.workloads.ranker.params import RankerParams
 from slipway.workloads.ranker.sequences import padded
+from slipway.workloads.ranker.windows import GROUP, HELD_OUT, Order, Windows
 
 Ints = npt.NDArray[np.int64]
 
-HELD_OUT = 2  # events at the end of each user's sequence that are not trained on: validation, test
-POOL = (
-    32  # steps whose windows are sorted by length together: enough to cut padding, few enough to keep the order random
-)
 VALIDATION_USERS = 4096
 VALIDATION_BATCH = 256
-
-
-def windows(offsets: Ints, length: int) -> tuple[Ints, Ints]:
-    """Cut every user's training events into windows, from the end, so that each event is a target once.
-
-    Args:
-        offsets: [U+1] where each user's events begin.
-        length: most targets of a window.
-
-    Returns:
-        [W] begin and [W] end of the windows: events begin .. end - 1, of which the first is never a target.
-    """
-    first, last = offsets[:-1], offsets[1:] - HELD_OUT  # a user's training events
-    targets = np.maximum(last - first - 1, 0)
-    count = -(-targets // length)
-    user = np.repeat(np.arange(len(count)), count)
-    nth = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count)
-    end = last[user] - nth * length
-    return np.maximum(first[user], end - length - 1), end
 
 
 @dataclass(frozen=True)
@@ -61,15 +39,12 @@ class Epoch(Sequence[Tensors]):
     """The micro-batches of one epoch, each made when it is asked for."""
 
     data: sequences.Sequences
-    begin: Ints
-    end: Ints
-    batches: Sequence[Ints]
-    """Windows of each."""
+    order: Order
     negatives: int
     seed: tuple[int, ...]
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.order)
 
     @overload
     def __getitem__(self, index: int) -> Tensors: ...
@@ -78,8 +53,7 @@ class Epoch(Sequence[Tensors]):
     def __getitem__(self, index: int | slice) -> Tensors | Sequence[Tensors]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
-        chosen = self.batches[index]
-        rows = padded(self.data.items, self.begin[chosen], self.end[chosen])
+        rows = padded(self.data.items, *self.order[index])
         target = np.where(rows[:, :-1] > 0, rows[:, 1:], 0)
         return {"history_BT": rows[:, :-1], "target_BT": target, "negative_N": self._negatives(index)}
 
@@ -98,16 +72,13 @@ class RankerTask:
 
     def __init__(self, data: Path, train: TrainParams, params: RankerParams) -> None:
         self.data, self.train, self.params = sequences.load(data), train, params
-        offsets = np.asarray(self.data.offsets)
-        self.begin, self.end = windows(offsets, params.max_length)
-        if len(self.begin) < train.world_size:
+        self.windows = Windows(self.data.offsets, params.max_length)
+        if len(self.windows) < train.world_size:
             raise DataError(
-                f"{data}: {len(self.begin)} training sequences for {train.world_size} processes; "
+                f"{data}: {len(self.windows)} training sequences for {train.world_size} processes; "
                 "give more users with 4 or more events, or lower train.world_size"
             )
-        users = np.flatnonzero(np.diff(offsets) > HELD_OUT)
-        rng = np.random.default_rng([train.seed, 1])
-        self.validation = rng.permutation(users)[:VALIDATION_USERS]
+        self.validation = _sample(self.data.offsets, np.random.default_rng([train.seed, 1]))
 
     def model(self) -> torch.nn.Module:
         """Make the model; its weights come from torch's generator."""
@@ -119,17 +90,8 @@ class RankerTask:
 
     def epoch(self, epoch: int, ranks: int) -> Epoch:
         """Give the micro-batches of an epoch in the order of training; those of one step are of like length."""
-        size = self.train.batch_size
-        rng = np.random.default_rng([self.train.seed, 2, epoch])
-        order = rng.permutation(len(self.begin))
-        length = (self.end - self.begin)[order]
-        pools = np.arange(len(order)) // (POOL * ranks * size)
-        order = order[np.lexsort((length, pools))]
-        batches = [order[at : at + size] for at in range(0, len(order), size)]
-        steps = [batches[at : at + ranks] for at in range(0, len(batches), ranks)]
-        # The last step may have micro-batches for some processes only: it stays last, so that no other one does.
-        shuffled = [batch for i in rng.permutation(len(steps) - 1) for batch in steps[i]] + steps[-1]
-        return Epoch(self.data, self.begin, self.end, shuffled, self.params.negatives, (self.train.seed, 3, epoch))
+        order = Order(self.windows, self.train.batch_size, ranks, (self.train.seed, 2, epoch))
+        return Epoch(self.data, order, self.params.negatives, (self.train.seed, 3, epoch))
 
     def count(self, batch: Tensors) -> int:
         """Sequences in a batch."""
@@ -158,6 +120,15 @@ class RankerTask:
         logits.scatter_(1, history, -torch.inf)[:, 0] = -torch.inf
         ahead = (logits > logits.gather(1, truth)).sum(1).numpy()
         return float(gains(ahead).sum())
+
+
+def _sample(offsets: Ints, rng: np.random.Generator) -> Ints:
+    """Draw users to validate on, of those that have more events than are held out."""
+    count = len(offsets) - 1
+    few = count <= GROUP
+    users = np.arange(count) if few else rng.choice(count, 2 * VALIDATION_USERS, replace=False)
+    users = users[offsets[users + 1] - offsets[users] > HELD_OUT]
+    return (rng.permutation(users) if few else users)[:VALIDATION_USERS]
 
 
 TASK = RankerTask
