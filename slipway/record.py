@@ -1,10 +1,11 @@
 """The record of a pipeline run: one MLflow run, filled from the reports that its stages left in the workspace.
 
     params      every value of params.yaml, by its dotted key
-    metrics     every figure of reports/STAGE.json, as STAGE/KEY; the learning curves of reports/train.json as curve/KEY
+    metrics     every figure of reports/STAGE.json, as STAGE/KEY; the learning curves of reports/train.json as curve/KEY,
+                its history as live/KEY: training sent them already if a server answered, and equal ones are one
     tags        git commit, workload, hash of the data and of dvc.lock, version, and what became of every stage: done,
                 failed, or restored (its results came from DVC's cache, and it did not run)
-    artifacts   reports/ (JSON and HTML), params.yaml, dvc.lock
+    artifacts   reports/ (JSON, HTML, traces), params.yaml, dvc.lock
 
 It is read from files, not reported by the stages, because a stage that DVC restores from its cache does not run.
 Filling it again changes nothing. As a command, `python -m slipway.record`, it records the workspace it stands in.
@@ -148,13 +149,16 @@ def _figures(name: str, report: Mapping[str, Any]) -> Iterator[tuple[str, float,
     for key, value in _leaves(report, "."):
         if _is_figure(value):
             yield _legal(f"{name}/{key}"), float(value), at, 0
-    for index, point in enumerate(report.get("curve") or []):
-        if not isinstance(point, Mapping):
-            continue
-        step = int(point.get("step", point.get("epoch", index)))
-        for key, value in {**point, **point.get("figures", {})}.items():
-            if key not in {"step", "epoch"} and _is_figure(value):
-                yield _legal(f"curve/{key}"), float(value), at, step
+    for group, points in (("curve", report.get("curve")), ("live", report.get("history"))):
+        for index, point in enumerate(points or []):
+            yield from _at_step(group, index, point, at) if isinstance(point, Mapping) else ()
+
+
+def _at_step(group: str, index: int, point: Mapping[str, Any], at: int) -> Iterator[tuple[str, float, int, int]]:
+    step = int(point.get("step", point.get("epoch", index)))
+    for key, value in {**point, **point.get("figures", {})}.items():
+        if key not in {"step", "epoch", "at_ms"} and _is_figure(value):
+            yield _legal(f"{group}/{key}"), float(value), int(point.get("at_ms", at)), step
 
 
 def _is_figure(value: Any) -> bool:
@@ -167,7 +171,7 @@ def _legal(key: str) -> str:
 
 
 def _attach(client: Any, mlflow_run: str, folder: Path) -> None:
-    for path in [*sorted((folder / "reports").glob("*.json")), *sorted((folder / "reports").glob("*.html"))]:
+    for path in sorted(p for form in ("*.json", "*.html", "*.json.gz") for p in (folder / "reports").glob(form)):
         client.log_artifact(mlflow_run, str(path), "reports")
     for name in ("params.yaml", "dvc.lock"):
         if (folder / name).exists():

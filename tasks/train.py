@@ -1,7 +1,9 @@
 """Train the model on several processes with DeepSpeed; killed and run again, it goes on and ends the same.
 
-Reads data/ingest and data/accepted.json; writes models/trained (weights.npz, model.json) and reports/train.json, whose
-`curve` holds loss, validation metric and speed of every epoch.
+Reads data/ingest and data/accepted.json; writes models/trained (weights.npz, model.json), the page reports/train.html
+and reports/train.json: `curve` has loss, validation metric and speed of every epoch, `history` has speed, utilisation,
+gradient, memory, traffic and shares of the time, every few steps (slipway/training/meter.py says which). While it runs,
+a MLflow server that answers gets them too. With `train.profile` there is reports/train.trace.json.gz, for Perfetto.
 """
 
 from __future__ import annotations
@@ -9,13 +11,15 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from slipway import artifacts, config, record, stage
 from slipway.config import Params
 from slipway.stage import Report
-from slipway.training import loop
+from slipway.training import loop, page
 
-DATA, OUT, TRACE = Path("data/ingest"), Path("models/trained"), Path("reports/train.trace.json.gz")
+DATA, OUT = Path("data/ingest"), Path("models/trained")
+PAGE, TRACE = Path("reports/train.html"), Path("reports/train.trace.json.gz")
 
 
 def run(params: Params, report: Report) -> None:
@@ -36,15 +40,15 @@ def run(params: Params, report: Report) -> None:
                 trace=TRACE.absolute() if params.train.profile else None,
             )
         )
-    report["best"] = asdict(state.best)
-    report["train_seconds"] = round(state.seconds, 1)
-    report["samples_per_s"] = round(state.samples / state.seconds, 1)
-    report["curve"] = [asdict(point) for point in state.curve]
-    for name, value in state.figures.items():
+    found: dict[str, Any] = {"workload": params.workload, "best": asdict(state.best)}
+    found["train_seconds"], found["samples_per_s"] = round(state.seconds, 1), round(state.samples / state.seconds, 1)
+    found["curve"], found["loss_scale"] = [[asdict(each) for each in some] for some in (state.curve, state.loss_scale)]
+    found |= state.figures
+    for name, value in found.items():
         report[name] = value
     if TRACE.exists():
         report["trace"] = TRACE
-    report["loss_scale"] = [asdict(change) for change in state.loss_scale]
+    page.write(PAGE, found, params.train.epochs)
     loop.forget(checkpoints)
 
 

@@ -44,7 +44,7 @@ class Live:
 
     def tell(self, sample: Sample) -> None:
         """Hand over a sample of the meter; returns at once."""
-        self.put("live", sample.step, sample.at_ms, sample.figures)
+        self.put("live", sample.step, sample.at_ms, {"seconds": sample.seconds, **sample.figures})
 
     def put(self, group: str, step: int, at_ms: int, figures: Mapping[str, float]) -> None:
         """Hand over figures, which become GROUP/KEY, of a step; returns at once."""

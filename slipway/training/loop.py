@@ -234,7 +234,7 @@ class _Loop:
         if self.rank == 0:
             self._write()
         self.live.close()
-        return replace(self._now(), figures=self.meter.report())
+        return replace(self._now(), figures={"metric": self.task.metric, **self.meter.report()})
 
     def _steps(self) -> int:
         """Steps of the whole training, for the bar: those done, the rest of this epoch, and the epochs after it."""
