@@ -1,7 +1,7 @@
 """The record of a pipeline run: one MLflow run, filled from the reports that its stages left in the workspace.
 
     params      every value of params.yaml, by its dotted key
-    metrics     every figure of reports/STAGE.json, as STAGE/KEY; the learning curves of reports/train.json as curve/KEY,
+    metrics     every figure of reports/STAGE.json, as STAGE/KEY; the learning curve of reports/train.json as curve/KEY,
                 its history as live/KEY: training sent them already if a server answered, and equal ones are one
     tags        git commit, workload, hash of the data and of dvc.lock, version, and what became of every stage: done,
                 failed, or restored (its results came from DVC's cache, and it did not run)

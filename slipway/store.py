@@ -245,6 +245,16 @@ def start(run: str, tags: Mapping[str, str], through: Any = None) -> str:
     return str(made.info.run_id)
 
 
+def rename(run: str, to: str, through: Any) -> None:
+    """Give the MLflow run of the pipeline run `run` to `to`, unless there is none, or `to` has one already."""
+    with locks.held("experiment"), translated(f"run {run}"):
+        experiment = _experiment(through)
+        mine, theirs = [through.search_runs([experiment], f"tags.`{RUN_TAG}` = '{name}'") for name in (run, to)]
+        if mine and not theirs:
+            for tag in (RUN_TAG, "mlflow.runName"):
+                through.set_tag(mine[0].info.run_id, tag, to)
+
+
 def artifacts_of(run_id: str) -> Path:
     """Folder of a run's artifacts in this state folder's own store."""
     return folder() / "artifacts" / EXPERIMENT / run_id / "artifacts"

@@ -1,6 +1,7 @@
 """Give the model a version in the registry, if it passed every gate.
 
-Reads models/package and reports/evaluate.json, and data/ingest for the held-out samples that travel with the version.
+Reads models/package, reports/evaluate.json, the name of the run in reports/train.json, and data/ingest for the held-out
+samples that travel with the version.
 Writes the version with its lineage into the registry, the alias `candidate`, and reports/register.json. The same
 package keeps its version however often it is registered; it may be killed anywhere and run again.
 """
@@ -20,7 +21,8 @@ from slipway.config import Params
 from slipway.errors import GateError
 from slipway.workloads.base import part
 
-PACKAGE, DATA, EVALUATION = Path("models/package"), Path("data/ingest"), Path("reports/evaluate.json")
+PACKAGE, DATA = Path("models/package"), Path("data/ingest")
+TRAINING, EVALUATION = Path("reports/train.json"), Path("reports/evaluate.json")
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ def run(params: Params, report: stage.Report) -> None:
         replay = Path(scratch) / tracking.REPLAY
         samples = part(params.workload, "export").replay(DATA, params.register_.replay_samples, params.train.seed)
         replay.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        if record.RUN_VARIABLE not in os.environ and TRAINING.exists():  # goes on in the run that got the live figures
+            store.rename(str(artifacts.read_json(TRAINING).get("run")), name, store.client())
         mlflow_run = store.start(name, lineage, store.client())
         version = tracking.register(params.workload, PACKAGE, replay, mlflow_run, lineage)
     tracking.set_alias(params.workload, "candidate", version)

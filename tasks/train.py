@@ -25,6 +25,7 @@ PAGE, TRACE = Path("reports/train.html"), Path("reports/train.trace.json.gz")
 def run(params: Params, report: Report) -> None:
     """Train, keep the best epoch's weights, and forget the checkpoints."""
     key = loop.key(params.workload, DATA, params.train, params.model)
+    name = os.environ.get(record.RUN_VARIABLE) or f"train-{key}"
     checkpoints = config.home() / "checkpoints" / key
     TRACE.unlink(missing_ok=True)
     with artifacts.writing(OUT) as beside:
@@ -36,11 +37,11 @@ def run(params: Params, report: Report) -> None:
                 params.model,
                 checkpoints,
                 beside,
-                run=os.environ.get(record.RUN_VARIABLE, ""),
+                run=name,
                 trace=TRACE.absolute() if params.train.profile else None,
             )
         )
-    found: dict[str, Any] = {"workload": params.workload, "best": asdict(state.best)}
+    found: dict[str, Any] = {"workload": params.workload, "run": name, "best": asdict(state.best)}
     found["train_seconds"], found["samples_per_s"] = round(state.seconds, 1), round(state.samples / state.seconds, 1)
     found["curve"], found["loss_scale"] = [[asdict(each) for each in some] for some in (state.curve, state.loss_scale)]
     found |= state.figures

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -21,6 +22,7 @@ from slipway import artifacts, config, package, record, store, tracking
 from slipway.errors import GateError, ModelError, RegistryError
 from tasks import register as stage_register
 from tests.conftest import ROOT, free_port
+from tests.ranker import data
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow.*"),
@@ -242,3 +244,55 @@ def test_the_light_client_and_mlflows_own_see_one_store(server: str, run: str, t
     copy = tracking.fetch("both", version)
     (copy / "version.json").unlink()
     assert tracking.fetch("both", version) == copy
+
+
+@pytest.mark.slow
+def test_training_shows_its_figures_while_it_runs_and_the_record_adds_none_twice(
+    server: str, home: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    turned = {"train.epochs": 30, "train.batch_size": 16, "ranker.width": 16, "ranker.max_length": 8}
+    folder.mkdir()
+    (folder / "params.yaml").write_text((tmp_path / "params.yaml").read_text())
+    config.override(folder / "params.yaml", turned)
+    data.write(folder / "data" / "ingest", data.steps(users=400, items=30))
+    environment = {**os.environ, "SLIPWAY_RUN": "pipeline-live", "PYTHONPATH": str(ROOT)}
+    rest, seen = store.Rest(server), 0
+    with subprocess.Popen([sys.executable, "-m", "tasks.train"], cwd=folder, env=environment) as training:
+        while training.poll() is None:
+            time.sleep(0.5)
+            if training.poll() is None:
+                seen = max(seen, len(_history(rest, "live/loss")))
+    assert training.returncode == 0
+    assert seen > 1, "no figure arrived while the model trained"
+    history = artifacts.read_json(folder / "reports" / "train.json")["history"]
+    arrived = _history(rest, "live/loss")
+    assert len(arrived) >= len(history)
+    mlflow_run = record.record("pipeline-live", folder, succeeded=True)
+    assert _history(rest, "live/loss") == arrived
+    assert {row["step"] for row in arrived} >= {sample["step"] for sample in history}
+    assert len(_history(rest, "curve/metric")) == 30
+    kept = store.client().get_run(mlflow_run).data.metrics
+    assert {"live/mfu", "live/sequences_per_s", "live/data_share", "train/time_share.forward", "train/mfu"} <= set(kept)
+
+
+def _history(rest: store.Rest, key: str) -> list[dict[str, Any]]:
+    """What MLflow has of a metric of the run above; empty while there is no such run."""
+    experiment = rest.get_experiment_by_name(store.EXPERIMENT)
+    runs = rest.search_runs([experiment.experiment_id], f"tags.`{store.RUN_TAG}` = 'pipeline-live'")
+    if not runs:
+        return []
+    found = rest.call("GET", "metrics/get-history", run_id=runs[0].info.run_id, metric_key=key).get("metrics", [])
+    return sorted(found, key=lambda row: int(row["step"]))
+
+
+def test_a_run_on_a_laptop_goes_on_in_the_one_that_got_its_live_figures(home: Path) -> None:
+    client, first = store.client(), store.start("train-abc", {})
+    store.rename("train-abc", "local-1", client)
+    assert store.start("local-1", {}) == first
+    second = store.start("train-abc", {})
+    assert second != first
+    store.rename("train-abc", "local-1", client)
+    store.rename("nobody", "local-2", client)
+    assert store.start("local-1", {}) == first
+    assert client.get_run(first).info.run_name == "local-1"

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from slipway.workloads.base import Tensors
 
 MEASURED_S = 0.2
-SIZE, SIZE_ACCELERATOR = 512, 8192  # sides of the matrices: large enough for the peak, small enough for the time
+SIZE, SIZE_ACCELERATOR = 384, 8192  # sides of the matrices: large enough for the peak, small enough for the time
 SHAPES = 64  # shapes of batches that are counted; a step under the counter takes about three times as long
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
