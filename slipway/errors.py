@@ -27,6 +27,19 @@ class CheckpointError(SlipwayError):
     """A training checkpoint is torn or belongs to another model."""
 
 
+class DivergedError(SlipwayError):
+    """Training went wrong: a loss that is no number or explodes.
+
+    Args:
+        message: what, where, what to try.
+        step: the first step that was bad.
+    """
+
+    def __init__(self, message: str, step: int = 0) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class ModelError(SlipwayError):
     """A model package is missing, corrupt, or does not give its golden outputs."""
 

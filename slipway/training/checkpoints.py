@@ -33,6 +33,17 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
+def drop(folder: Path, step: int) -> Path | None:
+    """Remove the checkpoints of `step` steps and more, which a bad step was built on or followed; the newest left.
+
+    A step shows only in the one after it whether it was good: those before `step` have proved it.
+    """
+    for path in folder.glob("step-*"):
+        if int(path.name.removeprefix("step-")) >= step:
+            shutil.rmtree(path, ignore_errors=True)
+    return max(folder.glob("step-*"), default=None)
+
+
 def write(folder: Path, step: int, lead: bool, fill: Callable[[Path], None], barrier: Callable[[], None]) -> None:
     """Write a checkpoint; every process calls this.
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slipway.config import TrainParams
-from slipway.errors import SlipwayError
+from slipway.errors import DivergedError
 
 FACTOR, START_SHARE, STEPS, WINDOW, FEW = 4.0, 0.5, 20, 101, 10
 
@@ -43,35 +43,41 @@ class Guard:
             skipped: fp16's loss scaling left the model as it was.
 
         Raises:
-            SlipwayError: training has to stop; names the step and what to try.
+            DivergedError: training has to stop; names the step and what to try.
         """
         if skipped:
             return
         if not math.isfinite(loss):
-            raise self._stop(f"the loss is {loss} at step {step:,}")
+            raise self._stop(step - self._high, f"the loss is {loss} at step {step:,}")
         if norm is not None and not math.isfinite(norm):
-            raise self._stop(f"the norm of the gradient is {norm} at step {step:,}, with a loss of {loss:.4g}")
+            raise self._stop(
+                step - self._high, f"the norm of the gradient is {norm} at step {step:,}, with a loss of {loss:.4g}"
+            )
         if self._first is None:
             self._first = loss
         usual = statistics.median(self._good) if len(self._good) >= FEW else self._first
         if usual > 0 and loss > FACTOR * usual and loss > START_SHARE * self._first:
             self._high += 1
             if self._high >= STEPS:
+                first = step - STEPS + 1
                 raise self._stop(
+                    first,
                     f"the loss explodes: at step {step:,} it is {loss:.4g}, and over {FACTOR:g} times the usual "
-                    f"{usual:.4g} for {STEPS} steps, since step {step - STEPS + 1:,}"
+                    f"{usual:.4g} for {STEPS} steps, since step {first:,}",
                 )
             return
         self._high = 0
         self._good = [*self._good[1 - WINDOW :], loss]
 
-    def _stop(self, what: str) -> SlipwayError:
+    def _stop(self, first: int, what: str) -> DivergedError:
         train, tries = self._train, [f"lower train.learning_rate (now {self._train.learning_rate:g})"]
         if train.precision != "fp32":
             tries.append(f"train.precision: fp32 (now {train.precision})")
         if train.sparse.share < 1 or "powersgd" in train.communication.method:
             tries.append("train.sparse.share: 1 and train.communication.method: flat")
-        return SlipwayError(f"training: {what}; try to {', or '.join(tries)}, and look for wild values in the data")
+        return DivergedError(
+            f"training: {what}; try to {', or '.join(tries)}, and look for wild values in the data", first
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on needs."""

@@ -29,7 +29,7 @@ import numpy as np
 
 from slipway import artifacts, progress
 from slipway.config import Section, TrainParams
-from slipway.errors import CheckpointError
+from slipway.errors import CheckpointError, DivergedError
 from slipway.training import agreement, checkpoints, live, order, processes, watch
 from slipway.training.guard import Guard
 from slipway.training.loader import Loader
@@ -134,7 +134,8 @@ def train(job: Job) -> State:
     Writes `weights.npz` (float32 arrays by parameter name, of the best epoch) and `model.json` into `job.out`.
 
     Raises:
-        SlipwayError: the data are too few, the loss is no number any more.
+        SlipwayError: the data are too few, or processes disagree on what they train.
+        DivergedError: the loss is no number any more, or explodes; the last good checkpoint is kept.
         CheckpointError: a whole checkpoint does not fit the model.
         TransientError: a process was killed; the next call goes on.
     """
@@ -143,7 +144,12 @@ def train(job: Job) -> State:
         # Held by every process: those of a killed run may outlive it for a moment and must not write meanwhile.
         fcntl.flock(lock, fcntl.LOCK_EX)
         newest, held = checkpoints.newest(job.checkpoints), processes.Held(lock.fileno())
-        state: State = processes.run(job.train.world_size, _rank, job, newest, held)
+        try:
+            state: State = processes.run(job.train.world_size, _rank, job, newest, held)
+        except DivergedError as error:
+            good = checkpoints.drop(job.checkpoints, error.step)
+            kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint from before it"
+            raise DivergedError(f"{error}; {kept}", error.step) from error
     return state
 
 

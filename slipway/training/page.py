@@ -35,6 +35,7 @@ def write(path: Path, found: Mapping[str, Any], epochs: int) -> None:
     best, unit = found["best"], found["unit"]
     tiles = [
         Tile(f"{_title(found['metric'])}, validation", f"{best['metric']:.4f}"),
+        *(Tile(f"{name}, validation", f"{value:,.4g}") for name, value in best["figures"].items()),
         Tile("best epoch", f"{best['epoch']} of {len(found['curve'])}"),
         Tile("time in training", _clock(found["train_seconds"])),
         Tile(f"{unit} a second", f"{found['samples_per_s']:,.0f}"),
@@ -68,6 +69,7 @@ def _ended(found: Mapping[str, Any], epochs: int) -> list[Note]:
 
 
 def _curve(curve: Sequence[Mapping[str, Any]], metric: str) -> Plot:
+    """Plot the learning curve."""
     epochs = [point["epoch"] for point in curve]
     plot = _pair("epoch", epochs, ("loss", [p["loss"] for p in curve]), (metric, [p["metric"] for p in curve]))
     return Plot("learning curve; the weights of the epoch with the best validation metric are kept", plot)
@@ -104,7 +106,9 @@ def _loss_scale(changes: Sequence[Mapping[str, Any]], history: Sequence[Mapping[
     axes.scatter(at, scale, color=PALETTE[3], marker="x", zorder=3, label="overflow: the step was skipped")
     if lost:
         axes.legend(frameon=False)
-    skipped = "no step overflowed" if not lost else f"{len(lost):,} steps overflowed and were skipped"
+    skipped = {0: "no step overflowed", 1: "one step overflowed and was skipped"}.get(
+        len(lost), f"{len(lost):,} steps overflowed and were skipped"
+    )
     return [Chapter("Loss scale", [Plot(f"scale of the loss in fp16; {skipped}", figure)])]
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from slipway.config import TrainParams
-from slipway.errors import SlipwayError
-from slipway.training import guard
+from slipway.errors import DivergedError
+from slipway.training import checkpoints, guard, loop
 from slipway.training.guard import Guard
+from tests.training.test_loop import job
 
 
 def look(watched: Guard, losses: list[float], first: int = 0) -> None:
@@ -23,11 +25,11 @@ def look(watched: Guard, losses: list[float], first: int = 0) -> None:
 def test_a_loss_that_is_no_number_stops_at_its_step_and_says_what_to_try() -> None:
     watched = Guard(TrainParams(learning_rate=0.5, precision="bf16"))
     look(watched, [2.0] * 7)
-    with pytest.raises(SlipwayError, match=r"loss is nan at step 7; try to lower train\.learning_rate \(now 0\.5\)"):
+    with pytest.raises(DivergedError, match=r"loss is nan at step 7; try to lower train\.learning_rate \(now 0\.5\)"):
         watched.check(7, math.nan, 1.0, skipped=False)
-    with pytest.raises(SlipwayError, match=r"fp32 \(now bf16\)"):
+    with pytest.raises(DivergedError, match=r"fp32 \(now bf16\)"):
         watched.check(7, math.inf, 1.0, skipped=False)
-    with pytest.raises(SlipwayError, match=r"norm of the gradient is inf at step 1,007, with a loss of 2"):
+    with pytest.raises(DivergedError, match=r"norm of the gradient is inf at step 1,007, with a loss of 2"):
         watched.check(1007, 2.0, math.inf, skipped=False)
 
 
@@ -46,14 +48,14 @@ def test_an_exploding_loss_stops_after_twenty_steps_and_names_the_first() -> Non
     high = [20.0 + step for step in range(guard.STEPS)]
     look(watched, high[:1], 150)
     assert not watched.calm, "no checkpoint may be written from the first suspicious step on"
-    with pytest.raises(SlipwayError, match=r"explodes: at step 169 it is 39, .* for 20 steps, since step 150; try"):
+    with pytest.raises(DivergedError, match=r"explodes: at step 169 it is 39, .* for 20 steps, since step 150; try"):
         look(watched, high[1:], 151)
 
 
 def test_a_run_that_explodes_from_its_first_steps_on_stops_too() -> None:
     watched = Guard(TrainParams())
     with pytest.raises(
-        SlipwayError, match=r"explodes: at step 22 it is 1\.049e\+06, .* the usual 1 for 20 steps, since step 3"
+        DivergedError, match=r"explodes: at step 22 it is 1\.049e\+06, .* the usual 1 for 20 steps, since step 3"
     ):
         look(watched, [2.0**step for step in range(3)] + [2.0**20] * guard.STEPS)
 
@@ -85,3 +87,14 @@ def test_a_run_that_goes_on_judges_like_one_that_was_not_stopped() -> None:
         after.load_state_dict(before.state_dict())
     look(halves[-1], losses[70:], 70)
     assert halves[-1].state_dict() == whole.state_dict()
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_ends_with_the_last_good_checkpoint_and_none_after_it(tmp_path: Path) -> None:
+    mine = job(tmp_path, learning_rate=3.0, zero=0, epochs=6)
+    with pytest.raises(DivergedError, match=r"explodes.* since step \d+; .*the last good checkpoint is ") as caught:
+        loop.train(mine)
+    kept = sorted(mine.checkpoints.glob("step-*"))
+    assert kept[-1].name in str(caught.value)
+    assert 0 < int(kept[-1].name.removeprefix("step-")) < caught.value.step
+    assert checkpoints.newest(mine.checkpoints) == kept[-1]
