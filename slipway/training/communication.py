@@ -26,7 +26,7 @@ from torch import Tensor
 
 from slipway.config import CommunicationParams, TrainParams
 from slipway.errors import SlipwayError
-from slipway.training import watch
+from slipway.training import precision, watch
 from slipway.training.powersgd import FACTOR_BYTES, Layout, PowerSGD, auto_rank, decode, layout, pack, unpack
 
 TRIALS = 5  # steps in which `auto` times both ways, after a first one that opens the connections
@@ -359,8 +359,7 @@ def attach(engine: Any, train: TrainParams) -> Reducer | Own:
         return Own()
     engine.enable_backward_allreduce = False
     reducer = make(train, engine.module.parameters(), where)
-    if train.precision == "fp16":
-        reducer.loss_scale = engine._get_optimizer_loss_scale  # has no public name
+    reducer.loss_scale = lambda: precision.loss_scale(engine) or 1.0
     log.info("communication: %s, %d nodes of %d processes", method, len(where.ranks), len(where.ranks[0]))
     return reducer
 
