@@ -6,9 +6,10 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch._dynamo  # DeepSpeed would import it in every process
@@ -28,6 +29,8 @@ from deepspeed.runtime.utils import clip_grad_norm_  # noqa: E402
 
 if _blocked:
     del sys.modules["mlflow"]
+
+T = TypeVar("T")
 
 CLIP = 1.0  # largest norm of the gradient
 
@@ -51,13 +54,26 @@ def join(rank: int, world_size: int, meeting: str) -> None:
     collectives.observe()
 
 
-def make(model: torch.nn.Module, train: TrainParams, disk: Path) -> Any:
+def exchange() -> Callable[[T], list[T]]:
+    """Make a function that gives each process what all of them gave it, for a thread beside the training."""
+    group = torch.distributed.new_group(backend="gloo")  # of its own: the training's is busy
+
+    def gathered(mine: T) -> list[T]:
+        told: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(told, mine, group)
+        return told
+
+    return gathered
+
+
+def make(model: torch.nn.Module, train: TrainParams, disk: Path, universal: bool = False) -> Any:
     """Wrap `model` in a DeepSpeed engine with ZeRO and the precision that were asked for; `join` comes before.
 
     Args:
         model: the module, whose forward gives the loss.
         train: precision, ZeRO stage, weight decay, batch size.
         disk: folder that offload to disk makes its files in.
+        universal: whether the checkpoint that it will load is in DeepSpeed's universal form.
 
     Raises:
         ParamsError: the accelerator does not have the precision.
@@ -78,6 +94,7 @@ def make(model: torch.nn.Module, train: TrainParams, disk: Path) -> Any:
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # its CPUAdam would be compiled, too
             **precision.configuration(train),
+            "checkpoint": {"load_universal": universal},
             "steps_per_print": sys.maxsize,
         },
     )

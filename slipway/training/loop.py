@@ -13,7 +13,6 @@ number of them it starts anew, with a warning.
 from __future__ import annotations
 
 import fcntl
-import functools
 import hashlib
 import logging
 import math
@@ -22,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +29,11 @@ import numpy as np
 
 from slipway import artifacts, progress
 from slipway.config import Section, TrainParams
-from slipway.errors import CheckpointError, DivergedError
+from slipway.errors import DivergedError, TransientError
 from slipway.training import agreement, checkpoints, live, order, processes, watch
 from slipway.training.guard import Guard
 from slipway.training.loader import Loader
-from slipway.workloads.base import Task, Tensors, part
+from slipway.workloads.base import Array, Task, Tensors, part
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
@@ -43,6 +43,9 @@ FLOOR = 0.02  # share of the peak that the cosine ends at
 
 WEIGHTS, MODEL = "weights.npz", "model.json"
 FIGURES = ("loss", "metric", "seconds", "samples_per_s")  # of a point of the learning curve, as curve/KEY in MLflow
+UNIVERSAL = ".universal"  # a checkpoint converted for another number of processes, until it is loaded
+FREE = {"world_size", "loader", "profile", "restarts", "checkpoint_every_s", "patience", "device_memory_gb"}
+"""Parameters that may change between a run that was killed and the one that goes on from its checkpoints."""
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +132,8 @@ class State:
 def train(job: Job) -> State:
     """Train in `job.train.world_size` processes, from the newest whole checkpoint if there is one.
 
-    Waits while another call trains with the same checkpoints.
+    Waits while another call trains with the same checkpoints. When a process is killed, all are started again from the
+    newest checkpoint, at most `job.train.restarts` times.
 
     Writes `weights.npz` (float32 arrays by parameter name, of the best epoch) and `model.json` into `job.out`.
 
@@ -137,20 +141,61 @@ def train(job: Job) -> State:
         SlipwayError: the data are too few, or processes disagree on what they train.
         DivergedError: the loss is no number any more, or explodes; the last good checkpoint is kept.
         CheckpointError: a whole checkpoint does not fit the model.
-        TransientError: a process was killed; the next call goes on.
+        TransientError: a process was killed once more than that; the next call goes on.
     """
     job.checkpoints.parent.mkdir(parents=True, exist_ok=True)
     with job.checkpoints.with_suffix(".lock").open("a") as lock:
         # Held by every process: those of a killed run may outlive it for a moment and must not write meanwhile.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        newest, held = checkpoints.newest(job.checkpoints), processes.Held(lock.fileno())
         try:
-            state: State = processes.run(job.train.world_size, _rank, job, newest, held)
+            return _persist(job, processes.Held(lock.fileno()))
         except DivergedError as error:
             good = checkpoints.drop(job.checkpoints, error.step)
             kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint from before it"
             raise DivergedError(f"{error}; {kept}", error.step) from error
+
+
+def _persist(job: Job, held: processes.Held) -> State:
+    """Train, and start again when a process was killed."""
+    for left in range(job.train.restarts, 0, -1):
+        try:
+            return _run(job, held)
+        except TransientError as error:
+            log.warning("%s; starting again from the last checkpoint, %d restarts left", error, left - 1)
+    try:
+        return _run(job, held)
+    except TransientError as error:
+        raise TransientError(
+            f"{error}; started again {job.train.restarts} times (train.restarts); run the stage again: it goes on from "
+            "its last checkpoint"
+        ) from error
+
+
+def _run(job: Job, held: processes.Held) -> State:
+    newest = checkpoints.newest(job.checkpoints)
+    if newest is not None and _processes(newest) != job.train.world_size:
+        log.warning("%s: of %d processes, going on with %d", newest, _processes(newest), job.train.world_size)
+        newest = processes.run(1, _convert, newest, job.checkpoints / UNIVERSAL)
+    state: State = processes.run(job.train.world_size, _rank, job, newest, held)
     return state
+
+
+def _convert(_rank: int, _world_size: int, _meeting: str, folder: Path, out: Path) -> Path:
+    """Make a checkpoint fit any number of processes; runs in a process of its own, since it needs DeepSpeed."""
+    from slipway.training import snapshots
+
+    if not snapshots.partitioned(folder):
+        return folder
+    snapshots.convert(folder, out)
+    for file in folder.iterdir():
+        if file.is_file():
+            shutil.copy2(file, out)
+    return out
+
+
+def _processes(checkpoint: Path) -> int:
+    """How many processes wrote a checkpoint."""
+    return len(list(checkpoint.glob("state-*.json")))
 
 
 def forget(checkpoints: Path) -> None:
@@ -164,9 +209,12 @@ def forget(checkpoints: Path) -> None:
 
 
 def key(workload: str, data: Path, train: TrainParams, model: Section) -> str:
-    """Name of a run: equal for equal data, parameters and code, so that a checkpoint never meets another model."""
+    """Name of a run: equal for equal data, parameters and code, so that a checkpoint never meets another model.
+
+    Parameters that may change on the way (`FREE`) are left out.
+    """
     digest = hashlib.sha256(artifacts.sha256(data).encode())
-    digest.update(repr((workload, train, model)).encode())
+    digest.update(repr((workload, train.model_dump(exclude=FREE), model)).encode())
     here = Path(__file__).parent
     for source in [*sorted(here.glob("*.py")), *sorted((here.parent / "workloads" / workload).glob("*.py"))]:
         digest.update(source.read_bytes())
@@ -188,16 +236,16 @@ def learning_rate(peak: float, progress: float) -> float:
 
 
 def _rank(rank: int, world_size: int, meeting: str, job: Job, resume: Path | None, held: processes.Held) -> State:
-    return _Loop(rank, world_size, meeting, job).run(resume)
+    return _Loop(rank, world_size, meeting, job, resume).run()
 
 
 class _Loop:
     """One process of a training run."""
 
-    def __init__(self, rank: int, world_size: int, meeting: str, job: Job) -> None:
+    def __init__(self, rank: int, world_size: int, meeting: str, job: Job, resume: Path | None) -> None:
         import torch
 
-        from slipway.training import communication, engine, meter
+        from slipway.training import communication, engine, meter, snapshots
 
         self.rank, self.world_size, self.job, self.torch, self.tool = rank, world_size, job, torch, engine
         engine.join(rank, world_size, meeting)
@@ -205,22 +253,24 @@ class _Loop:
         torch.manual_seed(job.train.seed)
         self.task = _task(job)
         self.disk = job.checkpoints.parent / "offload"
-        self.engine = engine.make(self.task.model(), job.train, self.disk)
+        converted = resume is not None and resume.name == UNIVERSAL
+        self.engine = engine.make(self.task.model(), job.train, self.disk, converted)
         self.reducer = communication.attach(self.engine, job.train)
         self.live = live.Live(job.run if rank == 0 else "")
         self.meter = meter.Meter(self.task.unit, job.train.precision, self.engine.device, self.live.tell)
         self.guard = Guard(job.train)
         self.kept: dict[str, Stateful] = {"communication": self.reducer, "meter": self.meter, "guard": self.guard}
         self.state = State(ranks=world_size)
-        self.best: dict[str, np.ndarray[Any, Any]] = {}
+        self.best: dict[str, Array] = {}
         self.saved = self.began = time.monotonic()
-
-    def run(self, resume: Path | None) -> State:
+        self.snapshots, self.writer = snapshots, checkpoints.Writer(job.checkpoints, rank == 0, engine.exchange())
         if resume is not None:
             self._load(resume)
+
+    def run(self) -> State:
         self.saved = self.began = time.monotonic()
         bar = progress.Progress("train", self._steps(), "steps", self.state.step) if self.rank == 0 else _Silent()
-        loader = Loader(functools.partial(_task, self.job), self.job.train.loader)
+        loader = Loader(partial(_task, self.job), self.job.train.loader)
         with bar as shown, self._traced() as traced, loader:
             for epoch in range(self.state.epoch, self.job.train.epochs):
                 if self._stale():
@@ -237,6 +287,7 @@ class _Loop:
                     self._save_when_due()
                 self._end_epoch(len(batches))
         self.meter.sample()
+        self.writer.wait()
         if self.rank == 0:
             self._write()
         self.live.close()
@@ -348,44 +399,52 @@ class _Loop:
 
     def _save_when_due(self) -> None:
         # Rank 0's clock decides for all; but none is written while the loss of any process is suspicious.
-        due = self.rank != 0 or time.monotonic() - self.saved >= self.job.train.checkpoint_every_s
+        late = time.monotonic() - self.saved >= self.job.train.checkpoint_every_s
+        due = self.rank != 0 or (late and not self.writer.busy)
         agreed = self.torch.tensor([due and self.guard.calm], dtype=self.torch.int32, device=self.engine.device)
         with watch.part("communication"):
             self.torch.distributed.all_reduce(agreed, self.torch.distributed.ReduceOp.MIN)
         if agreed.item():
             with watch.part("checkpoint"):
-                checkpoints.write(
-                    self.job.checkpoints, self.state.step, self.rank == 0, self._fill, self.torch.distributed.barrier
-                )
+                self.writer.write(self.state.step, self._files())
             self.saved = time.monotonic()
 
-    def _fill(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
-        artifacts.write_json(folder / f"state-{self.rank}.json", asdict(self._now()))
+    def _files(self) -> checkpoints.Files:
+        files = dict(self.snapshots.take(self.engine, checkpoints.beside(self.job.checkpoints, self.state.step)))
+        files[f"state-{self.rank}.json"] = partial(artifacts.write_json, value=asdict(self._now()))
         for name, kept in self.kept.items():
-            self.torch.save(kept.state_dict(), folder / f"{name}-{self.rank}.pt")
+            files[f"{name}-{self.rank}.pt"] = partial(self.torch.save, self.snapshots.copied(kept.state_dict()))
         if self.rank == 0:
-            np.savez(folder / "best.npz", **self.best)  # type: ignore[arg-type]  # the stub takes them for allow_pickle
+            files["best.npz"] = partial(_save, self.best)
+        return files
 
     def _load(self, folder: Path) -> None:
-        try:
-            self.engine.load_checkpoint(str(folder), tag="engine")
-        except (RuntimeError, KeyError, ValueError, OSError) as error:
-            raise CheckpointError(f"{folder}: does not fit this model ({error}); remove it to start again") from error
+        self.snapshots.restore(self.engine, folder)
         self.tool.settle(self.engine, self.job.train, self.disk)
-        raw = artifacts.read_json(folder / f"state-{self.rank}.json")
+        states = [artifacts.read_json(path) for path in sorted(folder.glob("state-*.json"), key=_number)]
+        same = len(states) == self.world_size
+        raw = states[self.rank if same else 0]
         curve, scales = [Point(**point) for point in raw["curve"]], [LossScale(**scale) for scale in raw["loss_scale"]]
         self.state = State(**{**raw, "curve": curve, "loss_scale": scales})
+        if not same:  # what each of them had summed up goes to one
+            loss, lost = (sum(state[name] for state in states) if self.rank == 0 else 0 for name in ("loss", "lost"))
+            self.state = replace(self.state, loss=loss, lost=lost)
         for name, kept in self.kept.items():
-            kept.load_state_dict(self.torch.load(folder / f"{name}-{self.rank}.pt", weights_only=True))
+            if same:
+                kept.load_state_dict(self.torch.load(folder / f"{name}-{self.rank}.pt", weights_only=True))
+            else:
+                log.warning("%s starts anew: its state was that of %d processes", name, len(states))
         if self.rank == 0:
             with np.load(folder / "best.npz", allow_pickle=False) as stored:
                 self.best = dict(stored)
+        self.torch.distributed.barrier()
+        if folder.name == UNIVERSAL and self.rank == 0:
+            shutil.rmtree(folder)
 
     def _write(self) -> None:
         out = self.job.out
         out.mkdir(parents=True, exist_ok=True)
-        np.savez(out / WEIGHTS, **self.best)  # type: ignore[arg-type]  # the stub takes them for allow_pickle
+        _save(self.best, out / WEIGHTS)
         artifacts.write_json(out / MODEL, {"workload": self.job.workload, **self.task.about()})
 
 
@@ -405,5 +464,13 @@ class _Silent:
     def advance(self, amount: float = 1.0, **figures: float | str) -> None: ...
 
 
+def _number(state: Path) -> int:
+    return int(state.stem.removeprefix("state-"))
+
+
 def _mixed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _save(arrays: Mapping[str, Array], path: Path) -> None:
+    np.savez(path, **arrays)  # type: ignore[arg-type]  # the stub takes them for allow_pickle

@@ -25,8 +25,9 @@ from typing import Any
 from slipway.errors import SlipwayError, TransientError
 
 HEAVY = "slipway.training.engine"  # what the server imports
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 GRACE_S = 5.0
+SETTLE_S = 1.0  # after an error of one process: time for the death of another, which may be its cause, to show
 
 
 def run(world_size: int, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -74,22 +75,27 @@ def _received(travelled: Any) -> Held:
 def _gather(ranks: dict[Connection, ForkServerProcess]) -> Any:
     answers: dict[str, Any] = {}
     waiting = list(ranks)
+    error: Exception | None = None
     while waiting:
-        for receiver in wait(waiting):
+        ready = wait(waiting, None if error is None else SETTLE_S)
+        if error is not None and not ready:
+            break
+        for receiver in ready:
             assert isinstance(receiver, Connection)
             process = ranks[receiver]
             try:
                 failed, answer = receiver.recv()
             except EOFError:
                 process.join(GRACE_S)
-                raise TransientError(
-                    f"training: {process.name} ended with {cause(process.exitcode)}; run the stage again: it goes on "
-                    "from its last checkpoint"
-                ) from None
-            if failed:
+                raise TransientError(f"training: {process.name} ended with {cause(process.exitcode)}") from None
+            if failed and isinstance(answer, SlipwayError):
                 raise answer
+            if failed:  # perhaps because another one was killed in the midst of their talk
+                error = error or answer
             answers[process.name] = answer
             waiting.remove(receiver)
+    if error is not None:
+        raise error
     return answers["rank 0"]
 
 
@@ -123,6 +129,7 @@ def end_with_server() -> None:
 def _main(sender: Connection, work: Callable[..., Any], rank: int, world: int, meeting: str, *rest: Any) -> None:
     """Live and die as one rank."""
     end_with_server()
+    ctypes.CDLL(None).prctl(PR_SET_NAME, f"slipway rank {rank}".encode())  # as `ps` and `top` show it
     os.environ.update(  # in the words of torchrun; this machine is one node
         RANK=str(rank),
         WORLD_SIZE=str(world),

@@ -72,27 +72,14 @@ def test_the_learning_rate_rises_then_falls() -> None:
     assert 0 < rates[-1] < 0.03
 
 
-def test_a_checkpoint_that_is_torn_is_not_used_and_the_one_before_is(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        checkpoints.write(tmp_path, step, True, _fill, lambda: None)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
-    (tmp_path / "step-00000003" / "a").write_bytes(b"torn")
-    assert checkpoints.newest(tmp_path) == tmp_path / "step-00000002"
-    (tmp_path / "step-00000002" / "manifest.json").unlink()
-    assert checkpoints.newest(tmp_path) is None
-
-
 def test_a_run_has_another_name_when_data_or_parameters_change(tmp_path: Path) -> None:
     one = job(tmp_path)
     name = loop.key("ranker", one.data, one.train, one.model)
     assert name == loop.key("ranker", one.data, one.train, one.model)
     assert name != loop.key("ranker", one.data, one.train.model_copy(update={"seed": 9}), one.model)
+    assert name == loop.key("ranker", one.data, one.train.model_copy(update={"world_size": 1}), one.model)
     (one.data / "items.npy").write_bytes(b"")
     assert name != loop.key("ranker", one.data, one.train, one.model)
-
-
-def _fill(folder: Path) -> None:
-    (folder / "a").write_bytes(b"whole")
 
 
 def _die(rank: int, world_size: int, meeting: str) -> str:
