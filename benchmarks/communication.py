@@ -128,7 +128,7 @@ def worker(told: Path) -> None:
     found = []
     for method, each in jobs:
         measured = Measured(rank, WORLD, interface, each)
-        measured.run(None)
+        measured.run()
         found.append({"method": method, **measured.result()})
     if os.environ["LOCAL_RANK"] == "0":
         told.with_name(f"found-{node}.json").write_text(json.dumps(found))

@@ -242,7 +242,7 @@ def _rank(rank: int, world_size: int, meeting: str, job: Job, resume: Path | Non
 class _Loop:
     """One process of a training run."""
 
-    def __init__(self, rank: int, world_size: int, meeting: str, job: Job, resume: Path | None) -> None:
+    def __init__(self, rank: int, world_size: int, meeting: str, job: Job, resume: Path | None = None) -> None:
         import torch
 
         from slipway.training import communication, engine, meter, snapshots

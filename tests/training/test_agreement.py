@@ -16,13 +16,13 @@ from tests.training.test_loop import job
 def _other_seed(rank: int, world_size: int, meeting: str, mine: loop.Job) -> loop.State:
     if rank == 1:
         mine = replace(mine, train=mine.train.model_copy(update={"seed": 9}))
-    return loop._Loop(rank, world_size, meeting, mine, None).run()
+    return loop._Loop(rank, world_size, meeting, mine).run()
 
 
 def _other_data(rank: int, world_size: int, meeting: str, mine: loop.Job) -> loop.State:
     if rank == 1:
         mine = replace(mine, data=mine.data.with_name("other"))
-    return loop._Loop(rank, world_size, meeting, mine, None).run()
+    return loop._Loop(rank, world_size, meeting, mine).run()
 
 
 def test_a_rank_with_other_parameters_is_refused_at_the_start(tmp_path: Path) -> None:
