@@ -161,13 +161,14 @@ class TrainParams(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of AdamW (0 or more)."""
     world_size: Annotated[int, Field(ge=1, le=64), turn()] = 2
-    """Training processes on this machine (1..64)."""
+    """Training processes on this machine (1..64); what each needs of memory, `python -m tasks.train --plan` shows."""
     zero: Literal[0, 1, 2, 3, "auto"] = 1
-    """DeepSpeed ZeRO: partitioned are 0 nothing, 1 the optimizer, 2 and gradients, 3 and parameters; auto: by plan."""
+    """DeepSpeed ZeRO: partitioned are 0 nothing, 1 the optimizer, 2 and gradients, 3 and parameters; auto: the cheapest
+    that fits, with its offload, as `python -m tasks.train --plan` shows."""
     offload: Literal["none", "cpu", "disk"] = "none"
     """Where optimizer state, and at ZeRO 3 parameters, are kept while the device does not need them."""
     device_memory_gb: Positive | None = None
-    """Memory of one device that the plan has to fit into (GB, over 0); empty: what this machine has."""
+    """Memory of one device that the plan has to fit into (GB, 10^9 bytes, over 0); empty: what this machine has."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of forward and backward; weights and optimizer keep fp32 masters."""
     loss_scale: LossScaleParams = LossScaleParams()
@@ -411,9 +412,9 @@ def parse(raw: Mapping[str, Any], path: Path = PARAMS_FILE) -> Params:
         raise ParamsError(f"{path}: workload: no workload {workload!r}; there are: {', '.join(sorted(known))}")
     if "model" in raw:
         raise ParamsError(f"{path}: model: unknown key; a workload's section bears its name: {workload}")
-    sections = {name: _check(_section_of(name), raw.get(name) or {}, path, name) for name in known}
+    sections = {name: check(_section_of(name), raw.get(name) or {}, path, name) for name in known}
     rest = {key: value for key, value in raw.items() if key not in known}
-    params: Params = _check(Params, rest, path)
+    params: Params = check(Params, rest, path)
     return params.model_copy(update={"model": sections[workload]})
 
 
@@ -438,7 +439,12 @@ def _read(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _check(model: type[Any], raw: Any, path: Path, prefix: str = "") -> Any:
+def check(model: type[Any], raw: Any, path: Path, prefix: str = "") -> Any:
+    """Make a section of what was read from `path`, under the key `prefix`.
+
+    Raises:
+        ParamsError: names the path, the key, what is wrong, and what is allowed.
+    """
     try:
         return model.model_validate(raw)
     except ValidationError as error:

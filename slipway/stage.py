@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,28 @@ def conf() -> dict[str, Any]:
     return value
 
 
-def main(run: Callable[[config.Params, Report], None], takes: Mapping[str, str] | None = None) -> None:
+@dataclass(frozen=True)
+class Show:
+    """Something that a stage's command prints instead of running: `--NAME`, and options of it that take a value."""
+
+    name: str
+    text: str
+    """Help of the flag."""
+    options: Mapping[str, str]
+    """Help of each option."""
+    show: Callable[[config.Params, Mapping[str, str]], None]
+    """Prints; called with the options that were given."""
+
+
+def main(
+    run: Callable[[config.Params, Report], None], takes: Mapping[str, str] | None = None, shows: Show | None = None
+) -> None:
     """Run a stage as a command: parse its arguments, read `params.yaml`, call `run`, write the report, exit.
 
     Args:
         run: the stage.
         takes: keys of `conf()` that the command line takes too, as `--KEY VALUE`, with their help.
+        shows: what the command can print instead; no report is written then.
 
     Exit codes: 0 done; 2 the user must mend it; 75 trying again may help; 1 a bug (with its traceback).
     """
@@ -77,6 +94,10 @@ def main(run: Callable[[config.Params, Report], None], takes: Mapping[str, str] 
     parser.add_argument("--params", type=Path, default=config.PARAMS_FILE, help="the parameters (default: %(default)s)")
     for key, text in (takes or {}).items():
         parser.add_argument(f"--{key}", help=text)
+    if shows is not None:
+        parser.add_argument(f"--{shows.name}", action="store_true", help=shows.text)
+        for key, text in shows.options.items():
+            parser.add_argument(f"--{key}", help=f"with --{shows.name}: {text}")
     options = parser.parse_args()
     logging.basicConfig(level=os.environ.get("SLIPWAY_LOG", "INFO"), format="%(levelname)s %(name)s: %(message)s")
     for noisy in ("DeepSpeed", "httpx", "urllib3", "great_expectations", "alembic", "mlflow", "matplotlib", "torch"):
@@ -87,7 +108,22 @@ def main(run: Callable[[config.Params, Report], None], takes: Mapping[str, str] 
         os.environ[CONF_VARIABLE] = json.dumps(conf() | given)
         run(config.load(options.params), report)
 
+    if shows is not None:
+        given = {key: value for key in shows.options if (value := getattr(options, key)) is not None}
+        if getattr(options, shows.name):
+            sys.exit(_show(name, shows, options.params, given))
+        if given:
+            parser.error(f"--{next(iter(given))} is of use with --{shows.name} alone")
     sys.exit(call(name, work))
+
+
+def _show(name: str, shows: Show, path: Path, given: Mapping[str, str]) -> int:
+    try:
+        shows.show(config.load(path), given)
+    except SlipwayError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 def call(name: str, work: Callable[[Report], None]) -> int:

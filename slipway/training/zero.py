@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,43 +22,10 @@ from torch import Tensor
 
 from slipway.config import TrainParams
 from slipway.errors import SlipwayError
-
-BUCKET = 2**26  # most elements of a gradient bucket: 256 MB in fp32
-KEPT_WHOLE = 10_000  # parameters with fewer elements than this, such as norms, are not worth a gather
+from slipway.training import plan
+from slipway.training.plan import Bytes, Places
 
 Weights = dict[str, np.ndarray[Any, Any]]
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """Bytes of one process in one place."""
-
-    parameters: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    """fp32 masters and AdamW's two moments."""
-    buffers: int = 0
-    """Buckets that gradients travel in, and layers that are gathered for their turn."""
-    activations: int = 0
-
-    @property
-    def state(self) -> int:
-        """Parameters, gradients and optimizer state."""
-        return self.parameters + self.gradients + self.optimizer
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.state + self.buffers + self.activations
-
-
-@dataclass(frozen=True)
-class Places:
-    """Bytes of one process by where they lie."""
-
-    device: Bytes
-    host: Bytes = Bytes()
-    disk: Bytes = Bytes()
 
 
 def configuration(train: TrainParams, elements: int) -> dict[str, Any]:
@@ -68,16 +35,17 @@ def configuration(train: TrainParams, elements: int) -> dict[str, Any]:
         train: stage and offload.
         elements: of all parameters; buckets are no larger.
     """
-    bucket = bucket_elements(elements)
+    assert train.zero != "auto"  # resolved before training begins
+    bucket, live = plan.bucket(elements, train.zero), plan.live(elements, train.zero)
     section: dict[str, Any] = {
         "stage": train.zero,
         "contiguous_gradients": True,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
-        "stage3_prefetch_bucket_size": bucket // 8,
-        "stage3_param_persistence_threshold": KEPT_WHOLE,
-        "stage3_max_live_parameters": bucket,
-        "stage3_max_reuse_distance": bucket // 8,
+        "stage3_param_persistence_threshold": plan.KEPT_WHOLE,
+        "stage3_prefetch_bucket_size": live // 2,
+        "stage3_max_live_parameters": live,
+        "stage3_max_reuse_distance": live // 2,
     }
     if train.offload != "none":
         # Mapped files cannot be pinned, and pinning is of use only to a device with memory of its own.
@@ -86,11 +54,6 @@ def configuration(train: TrainParams, elements: int) -> dict[str, Any]:
         if train.zero == 3:
             section["offload_param"] = place
     return section
-
-
-def bucket_elements(elements: int) -> int:
-    """Elements of a gradient bucket: even, because DeepSpeed aligns them."""
-    return min(BUCKET, elements + elements % 2)
 
 
 def move_to_disk(engine: Any, folder: Path) -> None:
