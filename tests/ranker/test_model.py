@@ -17,7 +17,8 @@ from slipway.config import TrainParams
 from slipway.errors import DataError
 from slipway.workloads.ranker import metrics, scoring
 from slipway.workloads.ranker.graph import OUTPUT, RankerGraph
-from slipway.workloads.ranker.model import Ranker
+from slipway.workloads.ranker.loss import cross_entropy
+from slipway.workloads.ranker.model import Dropout, Ranker
 from slipway.workloads.ranker.params import RankerParams
 from slipway.workloads.ranker.training import RankerTask
 from slipway.workloads.ranker.windows import windows
@@ -85,13 +86,51 @@ def test_int8_ranks_nearly_as_fp32_does() -> None:
         assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > least
 
 
-def test_the_loss_is_the_cross_entropy_when_all_items_are_negatives() -> None:
+def test_the_loss_is_the_cross_entropy_when_all_items_are_compared() -> None:
     history, target = torch.tensor([[0, 3, 5]]), torch.tensor([[0, 5, 9]])
     with torch.no_grad():
-        loss = MODEL(history, target, torch.arange(1, ITEMS + 1))
+        loss = MODEL(history, target, torch.arange(1, ITEMS + 1), torch.zeros(ITEMS))
         logits = MODEL.encode(history)[0] @ MODEL.item.weight.T
         expected = torch.nn.functional.cross_entropy(logits[1:, 1:], target[0, 1:] - 1)
     assert float(loss) == pytest.approx(float(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("count", [3, 700])
+def test_the_loss_and_its_gradients_are_autograd_s(count: int) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(rows, 16, requires_grad=True) for rows in (count, 1000)]
+    bias_N, answer_P = torch.rand(1000), torch.randint(0, 1000, (count,))
+    logits_PN = tensors[0] @ tensors[1].T + bias_N.masked_fill(answer_P[:, None] == torch.arange(1000), 0)
+    expected = torch.nn.functional.cross_entropy(logits_PN, answer_P)
+    found = cross_entropy(tensors[0], tensors[1], bias_N, answer_P)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(3 * loss, tensors) for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_the_sampled_sum_is_in_the_mean_that_over_all_items(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    users = (rng.random((300, 12)) ** 3 * ITEMS + 1).astype(int).tolist()  # low ids are popular
+    folder = data.write(tmp_path, users, items=ITEMS)
+    task = RankerTask(folder, TrainParams(batch_size=3, world_size=1), PARAMS.model_copy(update={"negatives": 4}))
+    assert task.popularity == pytest.approx(np.bincount([i for u in users for i in u[1:-2]], minlength=41) / 2700)
+    value = rng.random(ITEMS + 1)
+    batches = [batch for epoch in range(20) for batch in task.epoch(epoch, 1)]
+    sums = [float((value[batch["item_N"]] * np.exp(batch["bias_N"])).sum()) for batch in batches]
+    assert np.mean(sums) == pytest.approx(value[1:].sum(), rel=0.03)
+    assert max(len(batch["item_N"]) for batch in batches) < ITEMS
+    assert all(np.isin(batch["target_BT"][batch["target_BT"] > 0], batch["item_N"]).all() for batch in batches)
+
+
+def test_dropout_drops_its_share_keeps_the_mean_and_leaves_an_answer_alone() -> None:
+    torch.manual_seed(0)
+    dropout, x = Dropout(0.3), torch.ones(501, 401, requires_grad=True)
+    dropped = dropout(x)
+    assert float((dropped == 0).float().mean()) == pytest.approx(0.3, abs=0.005)
+    assert float(dropped.detach().mean()) == pytest.approx(1, abs=0.01)
+    assert torch.equal(torch.autograd.grad(dropped.sum(), x)[0], dropped)
+    assert not torch.equal(dropout(x), dropped)
+    assert dropout.eval()(x) is x
 
 
 def test_windows_make_every_training_item_a_target_once() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -10,7 +10,7 @@ from slipway.config import Count, Section
 
 
 class RankerParams(Section):
-    """SASRec (Kang and McAuley 2018, arXiv:1808.09781) with a sampled softmax."""
+    """SASRec (Kang and McAuley 2018, arXiv:1808.09781) with a softmax over sampled items."""
 
     width: Annotated[int, Field(ge=8, le=4096)] = 128
     """Width of the item embeddings and of every block (8..4096, a multiple of heads)."""
@@ -23,9 +23,7 @@ class RankerParams(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Share of activations dropped in training (0..1, 1 excluded)."""
     negatives: Annotated[int, Field(ge=1, le=65_536)] = 512
-    """Items drawn as negatives and shared by the batch (1..65536)."""
-    loss: Literal["softmax", "bce"] = "softmax"
-    """softmax: cross entropy among the positive and the negatives; bce: binary cross entropy."""
+    """Items that a batch is compared with beside its own, drawn uniformly (1..65536; all items or more: every one)."""
 
     @model_validator(mode="after")
     def _divides(self) -> RankerParams:

@@ -4,6 +4,11 @@ Leave-one-out: of each user the last item is for test, the one before for valida
 is a window of at most `max_length` + 1 of a user's training items: all but the last go in, all but the first come out.
 Windows of like length share a batch, because the model's cost grows with the longest one; the mean history of a shop
 is short.
+
+The items that a batch compares are its own targets and some drawn uniformly (mixed negatives: Yang et al. 2020,
+doi:10.1145/3366424.3386195). A popular item is among them nearly always, a rare one seldom; its logit is raised by
+minus the logarithm of the chance that it is (Bengio and Senécal 2008, doi:10.1109/TNN.2007.912312), so that the sum
+under the softmax is, in the mean, that over all items.
 """
 
 # U users, E events, B batch, T time, N negatives, I items
@@ -40,6 +45,8 @@ class Epoch(Sequence[Tensors]):
 
     data: sequences.Sequences
     order: Order
+    popularity: npt.NDArray[np.float64]
+    """[I+1] share of the targets that each item is."""
     negatives: int
     seed: tuple[int, ...]
 
@@ -55,13 +62,28 @@ class Epoch(Sequence[Tensors]):
             return [self[i] for i in range(len(self))[index]]
         rows = padded(self.data.items, *self.order[index])
         target = np.where(rows[:, :-1] > 0, rows[:, 1:], 0)
-        return {"history_BT": rows[:, :-1], "target_BT": target, "negative_N": self._negatives(index)}
+        item, bias = self._compared(target[target > 0], index)
+        return {"history_BT": rows[:, :-1], "target_BT": target, "item_N": item, "bias_N": bias}
 
-    def _negatives(self, index: int) -> Ints:
+    def _compared(self, targets: Ints, index: int) -> tuple[Ints, npt.NDArray[np.float32]]:
+        """Items that the loss compares, and what it adds to their logits."""
         items = self.data.item_count
         if self.negatives >= items:
-            return np.arange(1, items + 1)  # all of them: the loss is the full softmax
-        return np.random.default_rng([*self.seed, index]).integers(1, items + 1, size=self.negatives)
+            return np.arange(1, items + 1), np.zeros(items, np.float32)  # the full softmax
+        rng = np.random.default_rng([*self.seed, index])
+        drawn = rng.choice(items, size=self.negatives, replace=False, shuffle=False) + 1
+        compared = np.union1d(targets, drawn)
+        absent = (1 - self.popularity[compared]) ** len(targets) * (1 - self.negatives / items)
+        return compared, -np.log1p(-absent).astype(np.float32)
+
+
+def popularity(data: sequences.Sequences) -> npt.NDArray[np.float64]:
+    """Share of the training targets that each item is: [I+1]; a user's first and held-out events are none."""
+    counts = np.concatenate([[0], data.item_events])
+    for place in (data.offsets[:-1], *(data.offsets[1:] - held for held in range(1, HELD_OUT + 1))):
+        counts -= np.bincount(data.items[place], minlength=len(counts))
+    shares: npt.NDArray[np.float64] = np.maximum(counts, 0) / max(1, counts.sum())
+    return shares
 
 
 class RankerTask:
@@ -78,6 +100,7 @@ class RankerTask:
                 f"{data}: {len(self.windows)} training sequences for {train.world_size} processes; "
                 "give more users with 4 or more events, or lower train.world_size"
             )
+        self.popularity = popularity(self.data)
         self.validation = _sample(self.data.offsets, np.random.default_rng([train.seed, 1]))
 
     def model(self) -> torch.nn.Module:
@@ -91,7 +114,7 @@ class RankerTask:
     def epoch(self, epoch: int, ranks: int) -> Epoch:
         """Give the micro-batches of an epoch in the order of training; those of one step are of like length."""
         order = Order(self.windows, self.train.batch_size, ranks, (self.train.seed, 2, epoch))
-        return Epoch(self.data, order, self.params.negatives, (self.train.seed, 3, epoch))
+        return Epoch(self.data, order, self.popularity, self.params.negatives, (self.train.seed, 3, epoch))
 
     def count(self, batch: Tensors) -> int:
         """Sequences in a batch."""
