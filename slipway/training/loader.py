@@ -25,12 +25,13 @@ from typing import Self
 
 from slipway.config import LoaderParams
 from slipway.training import watch
-from slipway.training.workers import Worker, made
-from slipway.workloads.base import Task, Tensors
+from slipway.training.workers import Source, Worker, made
+from slipway.workloads.base import Tensors
 
 STARVED, SATED = 0.70, 0.90  # shares of the time that the model computes: add a worker below, take one away above
 GAIN = 1.05  # ratio of batches/s that an added worker has to bring
 HEADROOM = 0.8  # share of their time that the workers who stay may be at work
+TRIALS = 2  # windows in one of which it has to: other programs disturb a single one
 LIGHT = 0.1  # share of one worker's time that the rank itself takes over
 WINDOW_S, WINDOW_BATCHES = 1.0, 8  # least length of a window
 PAUSE = 8  # windows until a change that did not pay is tried again; doubled each time
@@ -56,6 +57,7 @@ class Pace:
     def __init__(self, most: int) -> None:
         self._most = most
         self._before: Window | None = None  # the window that made us add the newest worker
+        self._trials = 0  # windows that the newest worker has left to make a difference
         self._missed = False  # the last change took a worker away
         self._no_more = self._no_less = 0  # windows that have to pass before the next addition, or removal
         self._pause = PAUSE
@@ -66,9 +68,14 @@ class Pace:
         missed, self._missed = self._missed, False
         self._no_more, self._no_less = max(0, self._no_more - 1), max(0, self._no_less - 1)
         if before is not None and window.rate < GAIN * before.rate:
+            self._trials -= 1
+            if self._trials:
+                self._before = before
+                return workers
             self._no_more = self._paused()
             return workers - 1
         if window.busy < STARVED and workers < self._most and not self._no_more:
+            self._trials = TRIALS
             self._before = window if workers else None  # the first one relieves the rank, whose pace it may just keep
             if missed:
                 self._no_less = self._paused()
@@ -113,7 +120,7 @@ class Loader:
     ...     for batch in loader.epoch(epoch, ranks, task.epoch(epoch, ranks), indices):
     """
 
-    def __init__(self, make: Callable[[], Task], params: LoaderParams) -> None:
+    def __init__(self, make: Callable[[], Source], params: LoaderParams) -> None:
         """Prepare, without a process or a thread.
 
         Args:

@@ -23,13 +23,13 @@ from collections.abc import Callable, Sequence
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from slipway.errors import SlipwayError, TransientError
 from slipway.training import processes
-from slipway.workloads.base import Array, Task, Tensors
+from slipway.workloads.base import Array, Tensors
 
 ALIGNED = 64  # bytes: a cache line, and all that vector instructions ask for
 TRIES = 3  # processes that may die over one batch before it is the batch's fault
@@ -39,6 +39,13 @@ Layout = list[tuple[str, str, tuple[int, ...], int]]
 """Name, dtype, shape and offset in the slot of each array of a batch."""
 
 log = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """What a worker needs of a `Task`."""
+
+    def epoch(self, epoch: int, ranks: int) -> Sequence[Tensors]:
+        """See `Task.epoch`."""
 
 
 def made(batches: Sequence[Tensors], epoch: int, index: int) -> Tensors:
@@ -58,9 +65,9 @@ def made(batches: Sequence[Tensors], epoch: int, index: int) -> Tensors:
 
 
 class Worker:
-    """A process with a task of its own, seen from its rank; used by one thread at a time. One that dies is replaced."""
+    """A process with a source of its own, seen from its rank; for one thread at a time. One that dies is replaced."""
 
-    def __init__(self, task: Callable[[], Task]) -> None:
+    def __init__(self, task: Callable[[], Source]) -> None:
         self._task = task
         self._free: deque[int] = deque()  # slots that nobody reads; its append may come from any thread
         self._memory: dict[int, mmap.mmap] = {}
@@ -179,7 +186,7 @@ def _layout(batch: Tensors) -> tuple[Layout, int]:
     return layout, end
 
 
-def _serve(pipe: Connection, task: Callable[[], Task]) -> None:
+def _serve(pipe: Connection, task: Callable[[], Source]) -> None:
     """Live and die as one worker."""
     processes.end_with_server()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the rank ends its workers

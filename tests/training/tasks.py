@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,6 @@ class Numbers:
     """Batches before this one are not delayed."""
     kilobytes: int = 1
 
-    metric = "none"
-    unit = "numbers"
-
     def epoch(self, epoch: int, ranks: int) -> Sequence[Tensors]:
         return _Epoch(self, epoch, ranks)
 
@@ -46,21 +43,6 @@ class Numbers:
             "noise": rng.normal(size=(rows, 16 * self.kilobytes)).astype(np.float32),
             "turned": np.asfortranarray(rng.integers(0, 2, size=(rows, 3)).astype(bool)),
         }
-
-    def model(self) -> Any:
-        raise NotImplementedError
-
-    def about(self) -> dict[str, Any]:
-        return {}
-
-    def count(self, batch: Tensors) -> int:
-        return len(batch["noise"])
-
-    def validate(self, model: Any, rank: int) -> tuple[float, int]:
-        return 0.0, 1
-
-    def figures(self, metric: float) -> Mapping[str, float]:
-        return {}
 
 
 @dataclass(frozen=True)
