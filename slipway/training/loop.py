@@ -285,8 +285,9 @@ class _Loop:
                     traced()
                     shown.advance(1, **self._figures(epoch))
                     self._save_when_due()
-                self._end_epoch(len(batches))
-        self.meter.sample()
+                with watch.part("validation"):
+                    self._end_epoch(len(batches))
+            self.meter.sample()
         self.writer.wait()
         if self.rank == 0:
             self._write()
@@ -369,7 +370,7 @@ class _Loop:
         return replace(self.state, seconds=self.state.seconds + time.monotonic() - self.began)
 
     def _end_epoch(self, batches: int) -> None:
-        with watch.part("validation"), self.tool.evaluating(self.engine) as module:
+        with self.tool.evaluating(self.engine) as module:
             metric, count = self.task.validate(module, self.rank)
         lost = self.state.lost
         sums = self.torch.tensor(

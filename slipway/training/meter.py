@@ -120,7 +120,7 @@ class Meter:
         found = {
             "loss": new["loss"] / new["losses"] if new["losses"] else math.nan,
             "learning_rate": new["rate"] / new["steps"],
-            "grad_norm": self._norm,
+            "grad_norm": self._norm or math.nan,  # all steps were skipped
             f"{self._unit}_per_s": new["units"] / working,
             "mfu": new["flops"] / working / self.peak,
             **{f"{name}_share": new[name] / new["seconds"] for name in watch.PARTS},

@@ -20,7 +20,7 @@ MEANINGS = {
     "optimizer": "clipping and the update",
     "validation": "the metric at the end of an epoch",
     "checkpoint": "writing checkpoints",
-    "other": "the rest: progress, figures, traces",
+    "other": "the rest: progress, figures, a trace",
 }
 
 
@@ -77,12 +77,15 @@ def _curve(curve: Sequence[Mapping[str, Any]], metric: str) -> Plot:
 
 def _steps(history: Sequence[Mapping[str, Any]]) -> list[Plot]:
     """Loss and gradient by step."""
+    from matplotlib.ticker import LogLocator
+
     steps, loss, rate = [_column(history, name) for name in ("step", "loss", "learning_rate")]
     figure, axes = canvas("step", "norm of the gradient")
     axes.plot(*_series(history, "grad_norm"))
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter("{x:g}")
     axes.axhline(CLIP, color=GREY, linewidth=0.8, linestyle="--")
     return [
         Plot(
@@ -157,8 +160,10 @@ def _resources(history: Sequence[Mapping[str, Any]]) -> list[Plot]:
     axes.set_ylim(bottom=0)
     if len(axes.lines) > 1:
         axes.legend(frameon=False)
-    traffic, below = canvas("step", "MB a step")
-    below.plot(_column(history, "step"), [v / 1e6 for v in _column(history, "sent_bytes_per_step")], color=PALETTE[2])
+    steps, sent = _series(history, "sent_bytes_per_step")
+    unit, size = ("MB", 1e6) if max(sent, default=0) >= 1e6 else ("kB", 1e3)
+    traffic, below = canvas("step", f"{unit} a step")
+    below.plot(steps, [value / size for value in sent], color=PALETTE[2])
     below.set_ylim(bottom=0)
     return [Plot("memory of rank 0", figure), Plot("bytes that rank 0 sent to other processes", traffic)]
 
@@ -172,6 +177,7 @@ def _techniques(history: Sequence[Mapping[str, Any]], unit: str) -> list[Chapter
     for name, colour in zip(names, COLOURS * len(names), strict=False):
         figure, axes = canvas("step", name.replace("_", " "), height=1.8)
         axes.plot(*_series(history, name), color=colour, drawstyle="steps-post")
+        axes.set_ylim(bottom=min(0, *axes.get_ylim()))
         plots.append(Plot(name.replace("_", " "), figure))
     return [Chapter("Techniques", plots)] if plots else []
 

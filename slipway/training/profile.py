@@ -7,6 +7,7 @@ machine did the work, not what came of it, so a stage that DVC restores has none
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ def recording(path: Path | None) -> Iterator[Callable[[], None]]:
     if path is None:
         yield lambda: None
         return
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its lines say nothing of the training
     watch.mark(torch.profiler.record_function)
     with torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=SKIPPED, warmup=WARMUP, active=RECORDED, repeat=1),
