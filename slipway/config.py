@@ -128,7 +128,7 @@ class CommunicationParams(Section):
 
 
 class SparseParams(Section):
-    """Top-K sparse training: of each weight matrix only the rows that are largest in magnitude are trained."""
+    """Top-K sparse training: of each weight matrix in the blocks only the rows largest in magnitude are trained."""
 
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the rows that are trained (over 0 to 1; 1: dense)."""
@@ -136,6 +136,10 @@ class SparseParams(Section):
     """Dense steps before the first selection (0 or more)."""
     reselect_every: Count = 200
     """Steps after which the rows are selected anew (1 or more)."""
+    tables: bool = False
+    """Also of embeddings and output layers, a row an item or token: saves most memory, but costs quality."""
+    freeze: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the blocks, from below, that are frozen at most, in turn (0..1, 1 excluded; 0: none)."""
 
 
 class LoaderParams(Section):
@@ -204,6 +208,19 @@ class TrainParams(Section):
     def _offloads(self) -> TrainParams:
         if self.offload != "none" and self.zero == 0:
             raise ValueError(f"offload {self.offload} needs zero 1, 2, 3 or auto; at stage 0 nothing is partitioned")
+        return self
+
+    @model_validator(mode="after")
+    def _sparse_fits(self) -> TrainParams:
+        on = "sparse.share" if self.sparse.share < 1 else "sparse.freeze" if self.sparse.freeze > 0 else None
+        for key, fits in (("zero", 0), ("offload", "none"), ("precision", "fp32")):
+            got = getattr(self, key)
+            if on and got != fits:
+                raise ValueError(
+                    f"{on} is {self.sparse.share if on == 'sparse.share' else self.sparse.freeze:g}, which works with "
+                    f"{key}: {fits} only (got {got}); set train.{key}: {fits}, or train.sparse.share: 1 and "
+                    "train.sparse.freeze: 0"
+                )
         return self
 
 

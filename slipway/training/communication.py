@@ -327,6 +327,9 @@ class Own:
     def reduce(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Do nothing: the gradients are the mean already."""
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
     def figures(self) -> dict[str, float]:
         """Nothing is counted."""
         return {}

@@ -245,7 +245,7 @@ class _Loop:
     def __init__(self, rank: int, world_size: int, meeting: str, job: Job, resume: Path | None = None) -> None:
         import torch
 
-        from slipway.training import communication, engine, meter, snapshots
+        from slipway.training import communication, engine, meter, snapshots, sparse
 
         self.rank, self.world_size, self.job, self.torch, self.tool = rank, world_size, job, torch, engine
         engine.join(rank, world_size, meeting)
@@ -255,6 +255,7 @@ class _Loop:
         self.disk = job.checkpoints.parent / "offload"
         converted = resume is not None and resume.name == UNIVERSAL
         self.engine = engine.make(self.task.model(), job.train, self.disk, converted)
+        self.sparse = sparse.Sparse(self.engine.module, self.engine.optimizer, job.train.sparse)
         self.reducer = communication.attach(self.engine, job.train)
         self.live = live.Live(job.run if rank == 0 else "")
         self.meter = meter.Meter(self.task.unit, job.train.precision, self.engine.device, self.live.tell)
@@ -311,6 +312,8 @@ class _Loop:
     def _step(self, batch: Tensors, turn: order.Turn, done: float) -> None:
         torch, state, rate = self.torch, self.state, learning_rate(self.job.train.learning_rate, done)
         torch.manual_seed(_mixed(self.job.train.seed, state.epoch, turn.index))
+        if self.sparse.begin(state.step):
+            self.reducer.forget()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         with watch.part("data"):
@@ -420,8 +423,6 @@ class _Loop:
         return files
 
     def _load(self, folder: Path) -> None:
-        self.snapshots.restore(self.engine, folder)
-        self.tool.settle(self.engine, self.job.train, self.disk)
         states = [artifacts.read_json(path) for path in sorted(folder.glob("state-*.json"), key=_number)]
         same = len(states) == self.world_size
         raw = states[self.rank if same else 0]
@@ -430,6 +431,9 @@ class _Loop:
         if not same:  # what each of them had summed up goes to one
             loss, lost = (sum(state[name] for state in states) if self.rank == 0 else 0 for name in ("loss", "lost"))
             self.state = replace(self.state, loss=loss, lost=lost)
+        self.sparse.restore(self.state.step)
+        self.snapshots.restore(self.engine, folder)
+        self.tool.settle(self.engine, self.job.train, self.disk)
         for name, kept in self.kept.items():
             if same:
                 kept.load_state_dict(self.torch.load(folder / f"{name}-{self.rank}.pt", weights_only=True))

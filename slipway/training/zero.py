@@ -22,7 +22,7 @@ from torch import Tensor
 
 from slipway.config import TrainParams
 from slipway.errors import SlipwayError
-from slipway.training import plan
+from slipway.training import plan, sparse
 from slipway.training.plan import Bytes, Places
 
 Weights = dict[str, np.ndarray[Any, Any]]
@@ -131,7 +131,7 @@ def weights(engine: Any) -> Weights:
 
     lead = engine.global_rank == 0
     found: Weights = {}
-    for name, value in engine.module.state_dict(keep_vars=True).items():
+    for name, value in sparse.without_rows(engine.module):
         with deepspeed.zero.GatheredParameters([value], enabled=hasattr(value, "ds_id")):
             if lead:
                 found[name] = value.detach().float().cpu().numpy().copy()
