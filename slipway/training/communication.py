@@ -27,7 +27,7 @@ from torch import Tensor
 from slipway.config import CommunicationParams, TrainParams
 from slipway.errors import SlipwayError
 from slipway.training import precision, watch
-from slipway.training.powersgd import FACTOR_BYTES, Layout, PowerSGD, auto_rank, decode, layout, pack, unpack
+from slipway.training.powersgd import Layout, PowerSGD, auto_rank, decode, layout, pack, unpack
 
 TRIALS = 5  # steps in which `auto` times both ways, after a first one that opens the connections
 PAYS = 1.1  # compression loses something, so it has to make a step this much faster
@@ -262,7 +262,7 @@ class Reducer:
             message = buffer.new_empty(shape.elements)
         if self.hierarchical:
             links.hand_out(message)
-        links.count(message.nbytes, self._ring)
+        links.count(shape.size_bytes, self._ring)
         _write(decode(shape, message.mul_(scale)), grads)
 
     def _layout(self, grads: Sequence[Tensor]) -> Layout:
@@ -271,7 +271,7 @@ class Reducer:
             size = sum(grad.nbytes for grad in grads)
             rank = auto_rank(shapes, size) if self.rank == "auto" else self.rank
             found = layout(shapes, rank)
-            ratio = size / (found.elements * FACTOR_BYTES)
+            ratio = size / found.size_bytes
             log.info("gradients compressed: rank=%d sent=1/%.1f of %.2f MB", rank, ratio, size / 1e6)
             self._set(found)
         assert self.layout is not None

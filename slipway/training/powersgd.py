@@ -2,8 +2,8 @@
 
 Vogels, Karimireddy and Jaggi 2019, arXiv:1905.13727: one step of power iteration (algorithm 1), started from the
 factor of the step before, with error feedback (algorithm 2). Matrices of like shape are multiplied in one batch, and
-all that travels goes in two collectives: the left factors with the tensors that are too small to compress, then the
-right factors. No process group is known here: how a buffer is averaged among the peers is an argument.
+all that travels goes in three collectives: the left factors, the tensors that are too small to compress, the right
+factors. No process group is known here: how a buffer is averaged among the peers is an argument.
 
 Peers compute the left factors from equal bits, each for itself, so they have to be alike in hardware and software.
 """
@@ -20,11 +20,11 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 Mean = Callable[[Tensor], None]
-"""Replaces a flat float32 buffer by its mean over all peers."""
+"""Replaces a flat buffer, bfloat16 or float32, by its mean over all peers."""
 
 WORTH = 2  # a matrix is compressed if its factors are less than half of it
 SHARE = 16  # rank auto: at most a sixteenth of the gradient travels, as published
-FACTOR_BYTES = 4  # factors travel in float32, whatever the gradient's type
+WIRE = torch.bfloat16  # what factors travel in: twice the rank for the bytes of float32; feedback mends what it rounds
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,25 @@ class Layout:
     """Places of the tensors that travel as they are: vectors, and matrices too small to gain."""
 
     @property
-    def first(self) -> list[Shape]:
-        """Shapes in the first buffer: left factors, then the rest."""
-        return [group.left for group in self.groups] + [self.shapes[i] for i in self.rest]
-
-    @property
-    def second(self) -> list[Shape]:
-        """Shapes in the second buffer: right factors."""
-        return [group.right for group in self.groups]
+    def parts(self) -> tuple[list[Shape], list[Shape], list[Shape]]:
+        """Shapes of what travels: left factors, the rest, right factors."""
+        groups = self.groups
+        return [group.left for group in groups], [self.shapes[i] for i in self.rest], [group.right for group in groups]
 
     @property
     def elements(self) -> int:
         """Numbers that travel."""
-        return sum(map(math.prod, self.first + self.second))
+        return sum(map(_numbers, self.parts))
+
+    @property
+    def size_bytes(self) -> int:
+        """What travels, by one all-reduce each: factors in bfloat16, the rest in float32."""
+        left, rest, right = map(_numbers, self.parts)
+        return WIRE.itemsize * (left + right) + torch.float32.itemsize * rest
+
+
+def _numbers(shapes: Sequence[Shape]) -> int:
+    return sum(map(math.prod, shapes))
 
 
 def layout(shapes: Sequence[Shape], rank: int) -> Layout:
@@ -100,9 +106,8 @@ def layout(shapes: Sequence[Shape], rank: int) -> Layout:
 
 def auto_rank(shapes: Sequence[Shape], size_bytes: int) -> int:
     """Give the largest rank whose traffic is at most a sixteenth of the gradient's `size_bytes`; at least 1."""
-    most = size_bytes // SHARE // FACTOR_BYTES
     rank = 1
-    while (larger := layout(shapes, rank + 1)).groups and larger.elements <= most:
+    while (larger := layout(shapes, rank + 1)).groups and larger.size_bytes * SHARE <= size_bytes:
         rank += 1
     return rank
 
@@ -124,7 +129,7 @@ class PowerSGD:
 
         Args:
             tensors: float32, of the layout's shapes; what a step before missed is added to them.
-            mean: called twice, by every peer.
+            mean: called three times by every peer, or twice if something is not finite.
 
         Returns:
             The message that `decode` below makes the mean from, equal on all peers: flat float32, [layout.elements].
@@ -136,27 +141,31 @@ class PowerSGD:
             for group, error in zip(groups, self.errors, strict=True)
         ]
         lefts = [_product(matrix, query) for matrix, query in zip(matrices, self.queries, strict=True)]
-        first = pack([*lefts, *(tensors[i] for i in self.layout.rest)])
+        first, rest = _sent(lefts), pack([tensors[i] for i in self.layout.rest])
         mean(first)
-        if not first.isfinite().all():  # the same for all: each sees the mean
+        mean(rest)
+        if not (first.isfinite().all() and rest.isfinite().all()):  # the same for all: each sees the mean
             return torch.full([self.layout.elements], torch.nan, device=first.device)
-        *lefts, _ = unpack(first, [group.left for group in groups])
+        *lefts, _ = unpack(first.float(), [group.left for group in groups])
         bases = [orthonormal(left) for left in lefts]
-        rights = [_product(matrix.mT, basis) for matrix, basis in zip(matrices, bases, strict=True)]
+        second = _sent([_product(matrix.mT, basis) for matrix, basis in zip(matrices, bases, strict=True)])
+        *rights, _ = unpack(second.float(), [group.right for group in groups])
         for matrix, basis, right in zip(matrices, bases, rights, strict=True):
-            matrix.baddbmm_(basis, right.mT, alpha=-1)
+            matrix.baddbmm_(basis, right.mT, alpha=-1)  # what is sent is less by what bfloat16 rounds off
         self.errors = matrices
-        second = pack(rights) if rights else first.new_empty(0)
-        if rights:
-            mean(second)
-        *next_queries, _ = unpack(second.clone(), self.layout.second)
+        mean(second)
+        second = second.float()
+        *rights, _ = unpack(second, [group.right for group in groups])
         # A column that found nothing, as of an expert that had no sample, would find nothing ever after.
         self.queries = [
             torch.where(right.any(1, keepdim=True), right, fresh)
-            for right, fresh in zip(next_queries, self.fresh, strict=True)
+            for right, fresh in zip(rights, self.fresh, strict=True)
         ]
-        size = sum(basis.numel() for basis in bases)
-        return torch.cat([*(basis.reshape(-1) for basis in bases), first[size:], second])
+        return pack([*bases, rest, second])
+
+
+def _sent(factors: Sequence[Tensor]) -> Tensor:
+    return pack(factors).to(WIRE)
 
 
 def orthonormal(left: Tensor) -> Tensor:
@@ -177,7 +186,7 @@ def _product(matrix: Tensor, factor: Tensor) -> Tensor:
 
 def decode(shape: Layout, message: Tensor) -> list[Tensor]:
     """Make the mean from its message: float32 tensors of the layout's shapes."""
-    parts = unpack(message, shape.first + shape.second)
+    parts = unpack(message, [each for part in shape.parts for each in part])
     count = len(shape.groups)
     lefts, rest, rights = parts[:count], parts[count : count + len(shape.rest)], parts[count + len(shape.rest) :]
     out = dict(zip(shape.rest, rest, strict=True))
@@ -189,7 +198,7 @@ def decode(shape: Layout, message: Tensor) -> list[Tensor]:
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
     """Copy tensors into one flat buffer."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+    return torch.cat([tensor.reshape(-1) for tensor in tensors]) if tensors else torch.empty(0)
 
 
 def unpack(buffer: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:

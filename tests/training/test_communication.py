@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -170,7 +171,7 @@ def test_compression_among_leaders_owes_what_compression_among_all_does(found: d
     """The approximation depends on the mean alone, so the hierarchy changes nothing but rounding."""
     flat, hierarchical = (found["methods"][method][0][2] for method in ("powersgd", "hierarchical_powersgd"))
     for a, b in zip(flat, hierarchical, strict=True):
-        torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(b), rtol=1e-3, atol=1e-4)
+        assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b)  # factors are rounded to bfloat16
 
 
 def test_bytes_between_nodes_are_counted_and_survive_a_kill(found: dict[str, Any]) -> None:
@@ -179,7 +180,7 @@ def test_bytes_between_nodes_are_counted_and_survive_a_kill(found: dict[str, Any
     assert flat["sent_all_bytes"] == pytest.approx(4 * 2 * (2 * 3 / 4) * size)  # two edges of the ring cross
     assert resumed == flat
     assert found["methods"]["hierarchical"][3]["sent_all_bytes"] == pytest.approx(4 * 2 * size)
-    compressed = 4 * (2 * (2 * (64 + 48) + 32 + 64) + 48)
+    compressed = 2 * 2 * (2 * (64 + 48) + 32 + 64) + 4 * 48  # factors in bfloat16, the vector in float32
     figures = found["methods"]["hierarchical_powersgd"][3]
     assert figures["sent_all_bytes"] == pytest.approx(2 * 2 * (size + compressed))
 

@@ -17,6 +17,13 @@ from slipway.training.powersgd import Group, Layout, PowerSGD, auto_rank, decode
 SHAPES = ((40, 24), (7,), (40, 24), (24, 40), (3, 2), (4, 20, 30), (), (8, 4, 3, 3))
 
 
+ROUNDED = 0.01  # of a norm: what bfloat16 (8 bits, 0.4 %) may round off, some times over
+
+
+def near(ours: Tensor, wanted: Tensor) -> bool:
+    return float((ours - wanted).norm()) <= ROUNDED * float(wanted.norm())
+
+
 class Peers:
     """Compressors that run side by side, each in a thread, and average through a barrier."""
 
@@ -82,7 +89,7 @@ def test_what_was_applied_is_the_sum_of_all_gradients_less_what_is_still_owed(
     owed = residual(ours)
     assert len(owed) >= 4, "most of the matrices are large enough to be compressed at this rank"
     for i, (a, b) in enumerate(zip(applied, given_, strict=True)):
-        torch.testing.assert_close(a + owed.get(i, torch.zeros(())), b, rtol=1e-4, atol=1e-4)
+        assert near(a + owed.get(i, torch.zeros(())), b), i
     assert any(float(left.norm()) > 0.1 for left in owed.values()), "nothing was compressed"
 
 
@@ -100,7 +107,7 @@ def test_a_gradient_of_low_rank_arrives_whole() -> None:
     ours = Peers(2, 2)
     assert len(residual(ours)) == 5
     for a, b in zip(ours.step(tensors), mean(tensors), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        assert near(a, b)
 
 
 @pytest.mark.parametrize("rows", [24, 40])
@@ -109,8 +116,8 @@ def test_full_rank_is_the_mean(rows: int) -> None:
     full = Layout((shape,), 24, (Group((0,), (1,), *shape, 24),), ())
     one, tensor = PowerSGD(full, "cpu"), torch.randn(shape)
     (whole,) = decode(full, one.encode([tensor], lambda buffer: None))
-    torch.testing.assert_close(whole, tensor, rtol=1e-4, atol=1e-4)
-    assert float(one.errors[0].abs().max()) < 1e-4
+    assert near(whole, tensor)
+    torch.testing.assert_close(whole + one.errors[0][0], tensor)  # what bfloat16 rounded off is owed, too
     tensors = gradients(2, 5)
     for a, b in zip(Peers(2, 100).step(tensors), mean(tensors), strict=True):
         assert torch.equal(a, b), "at a rank that saves nothing the gradient travels as it is"
@@ -156,7 +163,7 @@ def test_a_matrix_that_was_zero_is_compressed_well_once_it_is_not() -> None:
     tensor = torch.zeros(64, 64)
     tensor[10:50] = torch.randn(40, 1) @ torch.randn(1, 64)
     one.encode([tensor], lambda buffer: None)
-    assert float(one.errors[0].norm()) < 1e-3 * float(tensor.norm())
+    assert float(one.errors[0].norm()) < ROUNDED * float(tensor.norm())
 
 
 def test_a_gradient_that_is_not_finite_is_told_and_leaves_the_memory_alone() -> None:
@@ -181,5 +188,5 @@ def test_the_automatic_rank_sends_at_most_a_sixteenth_and_no_larger_one_does(
     size = dtype_bytes * sum(map(math.prod, shapes))
     rank = auto_rank(shapes, size)
     larger = layout(shapes, rank + 1)
-    assert rank == 1 or layout(shapes, rank).elements * 4 <= size / 16
-    assert not larger.groups or larger.elements * 4 > size / 16 - 4
+    assert rank == 1 or layout(shapes, rank).size_bytes <= size / 16
+    assert not larger.groups or larger.size_bytes > size / 16
