@@ -100,7 +100,7 @@ class ValidateParams(Section):
     min_volume_ratio: Share = 0.5
     """Hard: events or tokens against the last accepted version of the same source (0..1)."""
     max_psi: Positive = 0.2
-    """Soft: population stability index of the items or tokens against the last accepted version (over 0)."""
+    """Soft: population stability index of the items, or of the texts' bytes, against the last version (over 0)."""
 
 
 class LossScaleParams(Section):

@@ -48,6 +48,8 @@ class Subject:
     """Rows of the source that were left out, by reason."""
     profile: Mapping[str, Any]
     """What the next version of the same source is compared with, as JSON."""
+    headline: Sequence[str]
+    """Figures that stand at the top of the page."""
 
 
 @dataclass

@@ -62,7 +62,7 @@ def _show(source: str, subject: Subject, findings: Sequence[Finding], more: Sequ
     figures = subject.figures
     tiles = [
         Tile("verdict", verdict, verdict),  # type: ignore[arg-type]  # one of the verdicts
-        *(Tile(name, f"{figures[name]:,}") for name in ("rows", "events", "users", "items")),
+        *(Tile(name, f"{figures[name]:,}") for name in subject.headline),
     ]
     rows = [
         (f.about, f.severity, f.observed if f.frame == "figures" else f.unexpected, _limit(f), f.verdict)

@@ -4,6 +4,7 @@
     PART.offsets.npy       int64 [D+1]           document d of the part is offsets[d] .. offsets[d+1]
     PART.parquet           one row a document, in the order of the offsets: name, bytes, tokens, sha256 (of the text)
     rejects.parquet        documents that were left out: document (from 1), reason, name; the first 1000 a reason
+    bytes.npy              int64 [256]           how often each byte occurs in the texts
     tokenizer.json         how texts are cut into tokens
     meta.json              source, documents, tokens, vocabulary, ...; written last
 

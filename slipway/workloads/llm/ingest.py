@@ -67,7 +67,7 @@ def ingest(params: Params, out: Path, report: MutableMapping[str, Any]) -> None:
             pass
     _refuse_too_little(source, sifted)
     tokens.save(out / TOKENIZER)
-    counts = _write(source, sifted, tokens, out)
+    counts, alphabet = _write(source, sifted, tokens, out)
     _write_rejects(sifted, out)
     total, size = sum(part["tokens"] for part in counts.values()), sum(part["bytes"] for part in counts.values())
     meta = {
@@ -82,6 +82,7 @@ def ingest(params: Params, out: Path, report: MutableMapping[str, Any]) -> None:
         "parts": counts,
     }
     artifacts.write_json(out / "meta.json", meta)
+    np.save(out / "bytes.npy", alphabet)
     for key, value in meta.items():
         report[key] = value
     report["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -134,8 +135,8 @@ def _refuse_too_little(source: Source, sifted: Sifted) -> None:
             )
 
 
-def _write(source: Source, sifted: Sifted, tokens: Tokens, out: Path) -> dict[str, dict[str, int]]:
-    """Cut the documents that are kept into tokens: columns of each part, and the table of documents."""
+def _write(source: Source, sifted: Sifted, tokens: Tokens, out: Path) -> tuple[dict[str, dict[str, int]], Any]:
+    """Cut the documents that are kept into tokens; counts by part, and how often each byte occurs, [256]."""
     with ExitStack() as stack:
         columns = [stack.enter_context(_Columns(out, part, corpus.kind(tokens.vocabulary))) for part in PARTS]
         progress = stack.enter_context(Progress("ingest: tokens", source.size_bytes / 1e6, "MB"))
@@ -143,7 +144,7 @@ def _write(source: Source, sifted: Sifted, tokens: Tokens, out: Path) -> dict[st
             for (name, fate, text), ids in zip(batch, tokens.encode([text for _, _, text in batch]), strict=True):
                 columns[fate].add(name, text, [*ids, tokens.end])
             progress.advance(sum(len(text) for _, _, text in batch) / 1e6)
-    return {part: column.counts for part, column in zip(PARTS, columns, strict=True)}
+    return {part: column.counts for part, column in zip(PARTS, columns, strict=True)}, sum(c.alphabet for c in columns)
 
 
 def _batches(source: Source, sifted: Sifted) -> Iterator[list[tuple[str, int, str]]]:
@@ -170,6 +171,7 @@ class _Columns:
         self._offsets = _Column(out / f"{part}.offsets.npy", np.int64)
         self._table = _Table(out / f"{part}.parquet")
         self._offsets.write([0])
+        self.alphabet = np.zeros(256, np.int64)
         self.counts = {"documents": 0, "tokens": 0, "bytes": 0}
 
     def __enter__(self) -> Self:
@@ -182,6 +184,7 @@ class _Columns:
         self.counts = {key: value + row[key] for key, value in self.counts.items()}
         self._tokens.write(ids)
         self._offsets.write([self.counts["tokens"]])
+        self.alphabet += np.bincount(np.frombuffer(data, np.uint8), minlength=256)
         self._table.write((name, len(data), len(ids), hashlib.sha256(data).hexdigest()))
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:

@@ -62,7 +62,8 @@ def find(name: str) -> Source:
     """
     if name == EMBEDDED:
         folder = Path(sysconfig.get_paths()["stdlib"])
-        return _source(name, folder, [p for p in folder.rglob("*.py") if not UNWANTED & {*p.relative_to(folder).parts}])
+        files = (p for p in folder.rglob("*.py") if not UNWANTED & {*p.relative_to(folder).parts})
+        return _source(name, folder, [p for p in files if p.stat().st_size])
     path = Path(name)
     if path.is_dir():
         files = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))

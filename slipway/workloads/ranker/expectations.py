@@ -50,7 +50,8 @@ def examine(folder: Path, before: Mapping[str, Any] | None) -> Subject:
         "keys": data.item_keys[:MAX_PROFILE],
         "counts": data.item_events[:MAX_PROFILE].tolist(),
     }
-    return Subject(Path(__file__).with_name("expectations.json"), frames, figures, _rejects(folder), profile)
+    suite, headline = Path(__file__).with_name("expectations.json"), ("rows", "events", "users", "items")
+    return Subject(suite, frames, figures, _rejects(folder), profile, headline)
 
 
 def _events(data: sequences.Sequences) -> Iterator[pd.DataFrame]:
