@@ -54,7 +54,7 @@ def run(params: Params, report: Report) -> None:
         "served": sealed.precision,
         "samples": len(samples),
         "metric": scoring.METRIC,
-        "metrics": {precision: scores.means(value) for precision, value in values.items()},
+        "metrics": {precision: _metrics(scoring, value) for precision, value in values.items()},
         "slices": _slices(scoring.slices(samples), served[scoring.METRIC], scoring.interval),
         "champion": asdict(champion) if champion else None,
         "latency_ms": speed,
@@ -64,9 +64,15 @@ def run(params: Params, report: Report) -> None:
     }
     for key, value in found.items():
         report[key] = value
-    curve = artifacts.read_json(CURVE)["curve"] if CURVE.exists() else []
-    page.write(PAGE, found, latencies, curve, scoring.examples(runs[sealed.precision], samples, PACKAGE))
+    trained = artifacts.read_json(CURVE) if CURVE.exists() else {}
+    page.write(PAGE, found, latencies, trained, scoring.examples(runs[sealed.precision], samples, PACKAGE))
     _tell(judged)
+
+
+def _metrics(scoring: ModuleType, values: Mapping[str, scores.Floats]) -> dict[str, float]:
+    """Means over the samples, and what they also tell people, such as perplexity."""
+    means = scores.means(values)
+    return {**means, **{name: round(value, 6) for name, value in scoring.figures(means).items()}}
 
 
 def _champion(workload: str, scoring: ModuleType, samples: Any, candidate: scores.Floats) -> scores.Champion | None:

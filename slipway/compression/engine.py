@@ -30,8 +30,11 @@ def load(model: bytes, name: str, threads: int = 1) -> Run:
     except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
         raise ModelError(f"{name}: ONNX Runtime cannot load it ({error}); run `python -m tasks.compress`") from error
 
+    fetching = ort.RunOptions()
+    fetching.only_execute_path_to_fetches = True  # as the server does: what is not asked for is not computed
+
     def run(outputs: Sequence[str] | None, inputs: Tensors) -> Sequence[Array]:
-        answer: Sequence[Array] = session.run(outputs, dict(inputs))
+        answer: Sequence[Array] = session.run(outputs, dict(inputs), fetching)
         return answer
 
     return run

@@ -16,7 +16,7 @@ def write(
     path: Path,
     found: Mapping[str, Any],
     latencies: Mapping[str, npt.NDArray[np.float64]],
-    curve: Sequence[Mapping[str, Any]],
+    trained: Mapping[str, Any],
     examples: tuple[Sequence[str], Sequence[Sequence[object]]],
 ) -> None:
     """Write the page.
@@ -25,14 +25,14 @@ def write(
         path: where to.
         found: the values of reports/evaluate.json.
         latencies: of single predictions in ms, by precision.
-        curve: the learning curve of reports/train.json.
+        trained: reports/train.json, for its learning curve; empty if there is none.
         examples: header and rows of a table of answers.
     """
-    served, metric = found["served"], found["metric"]
+    served, metric, curve = found["served"], found["metric"], trained.get("curve", [])
     verdict: Verdict = "passed" if found["passed"] else "failed"
     tiles = [
         Tile("gates", verdict, verdict),
-        Tile(f"{_title(metric)}, all items", f"{found['metrics'][served][metric]:.4f}"),
+        Tile(_title(metric), f"{found['metrics'][served][metric]:.4f}"),
         Tile("P99 of a prediction", f"{found['latency_ms'][served]['p99']:.2f} ms"),
         Tile("size", f"{found['size_bytes'][served] / 1e6:.1f} MB"),
     ]
@@ -40,7 +40,10 @@ def write(
     chapters = [
         Chapter("Gates", [_gates(found), _champion(found)]),
         Chapter("Quality", [_metrics(found), _slices(found), *_bars(found)]),
-        Chapter("Training", [_curve(curve, metric)] if curve else [Note("no learning curve was kept")]),
+        Chapter(
+            "Training",
+            [_curve(curve, trained.get("metric", metric))] if curve else [Note("no learning curve was kept")],
+        ),
         Chapter("Latency", [_speed(found), _histogram(latencies)]),
         Chapter("What it answers", [Table("random test samples; a tick marks the true one", *examples)]),
     ]
@@ -48,8 +51,11 @@ def write(
 
 
 def _title(metric: str) -> str:
-    name, _, rest = metric.partition("_at_10")
-    return f"{name.upper()}@10{' (100 negatives)' if rest else ''}"
+    name, at, rest = metric.partition("_at_")
+    if not at:
+        return metric.replace("_", " ")
+    depth, _, kind = rest.partition("_")
+    return f"{name.upper()}@{depth}{f' ({kind})' if kind else ''}"
 
 
 def _gates(found: Mapping[str, Any]) -> Table:

@@ -37,6 +37,8 @@ class OnnxEngine:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors have no base but this
             raise ModelError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)})") from error
+        self._fetching = onnxruntime.RunOptions()
+        self._fetching.only_execute_path_to_fetches = True  # what no request asked for is not computed
         declared = {spec.name for spec in (*package.inputs, *package.outputs)}
         found = {node.name for node in (*self._session.get_inputs(), *self._session.get_outputs())}
         if not declared <= found:
@@ -44,7 +46,7 @@ class OnnxEngine:
 
     def run(self, inputs: Tensors, outputs: Sequence[str]) -> list[Array]:
         """Run one batch: inputs [B, ...] by name; gives the named outputs [B, ...] in order."""
-        results: list[Array] = self._session.run(list(outputs), inputs)
+        results: list[Array] = self._session.run(list(outputs), inputs, self._fetching)
         return results
 
 

@@ -78,7 +78,7 @@ def test_int8_ranks_nearly_as_fp32_does() -> None:
     probe = RankerGraph(WEIGHTS, PARAMS)
     run = engine.load(probe.build(probe=True), "probe")
     history = np.random.default_rng(0).integers(1, ITEMS + 1, size=(64, 9))
-    ranges = engine.ranges(run, [name.removeprefix("range.") for name in probe.probes], [{"history": history}])
+    ranges = engine.ranges(run, [name.removeprefix("range.") for name in probe.graph.probes], [{"history": history}])
     whole, output = RankerGraph(WEIGHTS, PARAMS, ranges), RankerGraph(WEIGHTS, PARAMS, {OUTPUT: ranges[OUTPUT]})
     expected = FP32(["logits"], {"history": history})[0]
     for graph, least in ((whole, 0.98), (output, 0.995)):

@@ -134,7 +134,7 @@ def load(folder: Path, context_length: int, vocabulary: int) -> LanguageModel:
         read: Any = LanguageModel.from_pretrained(
             folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+    except Exception as error:  # transformers and safetensors fail in their own ways
         raise ModelError(f"{folder}: its weights cannot be read: {' '.join(str(error).split())[:400]}") from error
     model, found = read
     wrong = {kind: sorted(map(str, found[kind])) for kind in ("missing_keys", "mismatched_keys") if found.get(kind)}
@@ -165,3 +165,15 @@ def _config(folder: Path) -> DeepseekV3Config:
         return DeepseekV3Config.from_pretrained(folder)
     except Exception as error:  # strict dataclasses and JSON fail in their own ways
         raise ModelError(f"{folder}/config.json: {' '.join(str(error).split())[:300]}") from error
+
+
+def describe(model: LanguageModel) -> dict[str, Any]:
+    """What an export has to know: the configuration, and what transformers makes of its rotary part."""
+    rotary: Any = model.model.rotary_emb
+    attention: Any = model.model.layers[0].self_attn
+    return {
+        "config": model.config.to_diff_dict(),
+        "frequencies": rotary.inv_freq.tolist(),
+        "rotary_scale": float(rotary.attention_scaling),
+        "attention_scale": float(attention.scaling),
+    }

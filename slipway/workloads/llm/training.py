@@ -23,7 +23,7 @@ from slipway.config import TrainParams
 from slipway.errors import DataError, ModelError
 from slipway.workloads.base import Tensors
 from slipway.workloads.llm import corpus
-from slipway.workloads.llm.model import make
+from slipway.workloads.llm.model import describe, make
 from slipway.workloads.llm.params import LlmParams
 from slipway.workloads.llm.tokenizer import TOKENIZER
 
@@ -70,7 +70,7 @@ class LlmTask:
     def __init__(self, data: Path, train: TrainParams, params: LlmParams) -> None:
         self.data, self.train, self.params = corpus.load(data), train, params
         self.length = params.context_length + 1
-        self._config: dict[str, Any] = {}
+        self._about: dict[str, Any] = {}
         for part in ("train", "validation"):
             tokens = len(self.data.parts[part].tokens)
             if tokens < self.length * (train.world_size if part == "train" else 1):
@@ -84,7 +84,7 @@ class LlmTask:
         if self.params.weights:
             self._hold_to_tokenizer(Path(self.params.weights) / TOKENIZER)
         made = make(self.params, self.data.vocabulary, self.data.meta["end"])
-        self._config = made.config.to_diff_dict()
+        self._about = describe(made)
         return made
 
     def _hold_to_tokenizer(self, path: Path) -> None:
@@ -95,7 +95,7 @@ class LlmTask:
 
     def about(self) -> dict[str, Any]:
         """What the export has to know beside the weights."""
-        known = {"context_length": self.params.context_length, "end": self.data.meta["end"], "config": self._config}
+        known = {"context_length": self.params.context_length, "end": self.data.meta["end"], **self._about}
         folder = self.params.weights
         started = {"weights": folder, "sha256": artifacts.sha256(Path(folder))} if folder else None
         return {**known, "started_from": started}

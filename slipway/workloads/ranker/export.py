@@ -14,8 +14,9 @@ from slipway import artifacts
 from slipway.errors import ModelError
 from slipway.package import TensorSpec
 from slipway.workloads.base import Tensors
+from slipway.workloads.graph import Ranges
 from slipway.workloads.ranker import sequences
-from slipway.workloads.ranker.graph import OUTPUT, Ranges, RankerGraph
+from slipway.workloads.ranker.graph import OUTPUT, RankerGraph
 from slipway.workloads.ranker.params import RankerParams
 from slipway.workloads.ranker.sequences import padded
 
@@ -59,7 +60,7 @@ class Export:
     def probe(self) -> tuple[bytes, list[str]]:
         """The model with the least and largest input of every layer as outputs `range.LAYER`, and the layers."""
         graph = RankerGraph(self.weights, self.params)
-        return graph.build(probe=True), [name.removeprefix("range.") for name in graph.probes]
+        return graph.build(probe=True), [name.removeprefix("range.") for name in graph.graph.probes]
 
     def int8(self, ranges: Ranges) -> bytes:
         """The model as ONNX in INT8, where it pays: the item matrix always, the other layers when they are wide."""

@@ -12,73 +12,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from slipway.workloads.base import Array
+from slipway.workloads.graph import Graph, Ranges, quantized
 from slipway.workloads.ranker.params import RankerParams
 
-OPSET = 18
 SHOWN = 100
 HIDDEN = np.float32(-1e9)
 OUTPUT = "item"  # name of the output layer among the linear layers
-
-Ranges = Mapping[str, tuple[float, float]]
-
-
-class Graph:
-    """Collects nodes and constants; every method gives the name of what it computes."""
-
-    def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: dict[str, Array] = {}
-
-    def op(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> str:
-        """Add a node; with several outputs, their names are the first one's with .1, .2 … behind."""
-        name = f"{kind}{len(self.nodes)}"
-        names = [name, *(f"{name}.{i}" for i in range(1, outputs))]
-        self.nodes.append(helper.make_node(kind, list(inputs), names, name=name, **attributes))
-        return name
-
-    def constant(self, value: Any, name: str | None = None) -> str:
-        """Add a constant, or find it by its name."""
-        name = name or f"constant{len(self.constants)}"
-        self.constants.setdefault(name, np.ascontiguousarray(value))
-        return name
-
-    def ints(self, *values: int) -> str:
-        """Add a constant vector of int64."""
-        return self.constant(np.array(values, np.int64), "ints" + "_".join(map(str, values)))
-
-    def model(self, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> bytes:
-        """Check and serialise the graph."""
-        constants = [numpy_helper.from_array(value, name) for name, value in self.constants.items()]
-        graph = helper.make_graph(self.nodes, "ranker", inputs, outputs, constants)
-        opsets = [helper.make_opsetid("", OPSET)]
-        made = helper.make_model(graph, opset_imports=opsets, ir_version=9, producer_name="slipway")
-        onnx.checker.check_model(made)
-        data: bytes = made.SerializeToString()
-        return data
 
 
 class RankerGraph:
     """Builds the graph; with `ranges` of a layer's inputs, that layer is INT8."""
 
     def __init__(self, weights: Mapping[str, Array], params: RankerParams, ranges: Ranges | None = None) -> None:
-        self.graph, self.weights, self.params = Graph(), weights, params
-        self.ranges = ranges or {}
-        self.probes: list[str] = []
+        self.graph, self.weights, self.params = Graph(ranges), weights, params
 
     def build(self, probe: bool = False) -> bytes:
         """Serialise the model; `probe` adds least and largest input of every linear layer as `range.LAYER`: [2]."""
         g, items = self.graph, self.weights["item.weight"].shape[0] - 1
         state = self._encode(probe)
         logits = self._linear(state, OUTPUT, self.weights["item.weight"], None, probe)
-        g.op("Identity", logits)
-        g.nodes[-1].output[0] = "logits"
+        g.output("logits", logits)
         self._best(items)
         shown = min(SHOWN, items)
         outputs = [
@@ -86,8 +44,8 @@ class RankerGraph:
             helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["B", shown]),
             helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", items + 1]),
         ]
-        outputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in self.probes]
-        return g.model([helper.make_tensor_value_info("history", TensorProto.INT64, ["B", "T"])], outputs)
+        outputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in g.probes]
+        return g.model("ranker", [helper.make_tensor_value_info("history", TensorProto.INT64, ["B", "T"])], outputs)
 
     def _encode(self, probe: bool) -> str:
         """State after the last item: [B, D]."""
@@ -112,7 +70,7 @@ class RankerGraph:
 
     def _embed(self) -> str:
         g, table = self.graph, self.weights["item.weight"]
-        if OUTPUT not in self.ranges:
+        if OUTPUT not in g.ranges:
             return g.op("Gather", g.constant(table, "item.weight"), "history")
         whole, scale = quantized(table)
         rows = g.op("Cast", g.op("Gather", g.constant(whole, "item.weight"), "history"), to=TensorProto.FLOAT)
@@ -155,36 +113,9 @@ class RankerGraph:
     def _linear(self, x: str, name: str, weight: Array, bias: Array | None, probe: bool) -> str:
         """X @ weight.T + bias, for a weight [out, in]; the output layer's weight is kept as it is for the embedding."""
         g = self.graph
-        if probe:
-            ends = [g.op("Reshape", g.op(kind, x, keepdims=0), g.ints(1)) for kind in ("ReduceMin", "ReduceMax")]
-            g.op("Concat", *ends, axis=0)
-            g.nodes[-1].output[0] = f"range.{name}"
-            self.probes.append(f"range.{name}")
-        if name in self.ranges:
-            x = self._fake(x, name)
         if name == OUTPUT:
-            return g.op("Gemm", x, self._whole(weight, name, 0), transB=1)
-        made = g.op("MatMul", x, self._whole(weight.T, name, 1))
-        return made if bias is None else g.op("Add", made, g.constant(bias, name + ".bias"))
-
-    def _fake(self, x: str, name: str) -> str:
-        low, high = self.ranges[name]
-        low, high = min(low, 0.0), max(high, 0.0)
-        step = max(high - low, 1e-8) / 255
-        scale = self.graph.constant(np.float32(step), name + ".in_scale")
-        zero = self.graph.constant(np.uint8(np.clip(round(-low / step), 0, 255)), name + ".in_zero")
-        return self.graph.op("DequantizeLinear", self.graph.op("QuantizeLinear", x, scale, zero), scale, zero)
-
-    def _whole(self, weight: Array, name: str, axis: int) -> str:
-        """The weight, INT8 with one scale for each output where the layer has a range."""
-        g = self.graph
-        if name not in self.ranges:
-            return g.constant(weight, name + ".weight")
-        values, scale = quantized(weight if axis == 0 else weight.T)
-        values = values if axis == 0 else values.T
-        names = g.constant(values, name + ".weight"), g.constant(scale, name + ".scale")
-        zero = g.constant(np.zeros(len(scale), np.int8), name + ".zero")
-        return g.op("DequantizeLinear", *names, zero, axis=axis)
+            return g.op("Gemm", g.entering(x, name, probe), g.whole(weight, name, 0), transB=1)
+        return g.linear(x, name, weight, bias, probe)
 
     def _best(self, items: int) -> None:
         """The best items, without padding and what the history holds."""
@@ -195,9 +126,3 @@ class RankerGraph:
         left = g.op("ScatterElements", "logits", ids, gone, axis=1)
         g.op("TopK", left, g.ints(min(SHOWN, items)), outputs=2, axis=1)
         g.nodes[-1].output[:] = ["scores", "items"]
-
-
-def quantized(weight: Array) -> tuple[Array, Array]:
-    """Round each row of [out, in] to int8 around 0: values, and one scale a row."""
-    scale = np.maximum(np.abs(weight).max(1), 1e-8).astype(np.float32) / 127
-    return np.clip(np.rint(weight / scale[:, None]), -127, 127).astype(np.int8), scale

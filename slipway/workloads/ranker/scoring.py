@@ -8,7 +8,7 @@ it stands the published way: the truth's rank among 100 items that the user has 
 # U samples, B batch, T time, K items shown, N negatives, I items
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +99,11 @@ def translation(data: sequences.Sequences, package: Path) -> tuple[Ints, int]:
 def left_aligned(history_BT: Ints) -> Ints:
     """Move unknown items (0) inside a history to its left, so that they become padding."""
     return np.take_along_axis(history_BT, np.argsort(history_BT != 0, axis=1, kind="stable"), 1)
+
+
+def figures(means: Mapping[str, float]) -> dict[str, float]:
+    """Nothing beside the metrics themselves."""
+    return {}
 
 
 def slices(chosen: Samples) -> dict[str, npt.NDArray[np.bool_]]:
