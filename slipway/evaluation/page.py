@@ -28,7 +28,7 @@ def write(
         trained: reports/train.json, for its learning curve; empty if there is none.
         examples: header and rows of a table of answers.
     """
-    served, metric, curve = found["served"], found["metric"], trained.get("curve", [])
+    served, metric = found["served"], found["metric"]
     verdict: Verdict = "passed" if found["passed"] else "failed"
     tiles = [
         Tile("gates", verdict, verdict),
@@ -40,10 +40,7 @@ def write(
     chapters = [
         Chapter("Gates", [_gates(found), _champion(found)]),
         Chapter("Quality", [_metrics(found), _slices(found), *_bars(found)]),
-        Chapter(
-            "Training",
-            [_curve(curve, trained.get("metric", metric))] if curve else [Note("no learning curve was kept")],
-        ),
+        Chapter("Training", _training(trained, metric)),
         Chapter("Latency", [_speed(found), _histogram(latencies)]),
         Chapter("What it answers", [Table("random test samples; a tick marks the true one", *examples)]),
     ]
@@ -102,6 +99,11 @@ def _bars(found: Mapping[str, Any]) -> list[Plot]:
     axes.grid(visible=False, axis="y")
     axes.set_xlim(left=0)
     return [Plot("by slice, with 95 % intervals", figure)]
+
+
+def _training(trained: Mapping[str, Any], metric: str) -> list[Plot | Note]:
+    curve = trained.get("curve")
+    return [_curve(curve, trained.get("metric", metric))] if curve else [Note("no learning curve was kept")]
 
 
 def _curve(curve: Sequence[Mapping[str, Any]], metric: str) -> Plot:

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
-ENDPOINTS = ("recommend", "infer", "feedback", "model", "health", "metrics", "other")
+ENDPOINTS = ("infer", "feedback", "model", "health", "metrics", "other")
 CODES = (200, 202, 400, 404, 405, 413, 429, 500, 503)
 
 # Fine where a promise of 100 ms is kept or broken.
@@ -33,7 +33,8 @@ class Metrics:
             "slipway_requests_total", "Answered requests.", ["endpoint", "code"], registry=self._registry
         )
         self._count = {(e, c): requests.labels(e, str(c)).inc for e in ENDPOINTS for c in CODES}
-        seconds = self._histogram(
+        self._requests = requests
+        self._by_endpoint = seconds = self._histogram(
             "slipway_request_seconds", "From the whole request to its answer.", SECONDS, "endpoint"
         )
         self._seconds = {e: seconds.labels(e).observe for e in ENDPOINTS}
@@ -56,6 +57,11 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, text, labels, buckets=buckets, registry=self._registry)
+
+    def name(self, endpoint: str) -> None:
+        """Count the workload's own endpoint, too."""
+        self._count |= {(endpoint, code): self._requests.labels(endpoint, str(code)).inc for code in CODES}
+        self._seconds[endpoint] = self._by_endpoint.labels(endpoint).observe
 
     def answered(self, endpoint: str, code: int, seconds: float) -> None:
         """One request was answered."""

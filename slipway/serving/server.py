@@ -86,7 +86,9 @@ class App:
         self._metrics.watch_queue(self._batcher.__len__)
         routes = self._routes
         routes["/v2"] = _Route("model", "GET", self._server_metadata)
-        routes[model.endpoint.path] = _Route("recommend", "POST", self._friendly)
+        own = model.endpoint.path.rpartition("/")[2]  # such as recommend
+        self._metrics.name(own)
+        routes[model.endpoint.path] = _Route(own, "POST", self._friendly)
         routes["/v1/feedback"] = _Route("feedback", "POST", self._feedback)
         for path in (f"/v2/models/{model.name}", f"/v2/models/{model.name}/versions/{model.version}"):
             routes[path] = _Route("model", "GET", self._model_metadata)

@@ -31,7 +31,7 @@ def write(trained: Path, data: Path, out: Path) -> None:
     about, held = artifacts.read_json(trained / "model.json"), corpus.load(data)
     if "config" not in about:
         raise ModelError(
-            f"{trained}: no model of the workload llm; set it in params.yaml and run `python -m tasks.train`"
+            f"{trained}: no model of the workload llm; set `workload: llm` and run `python -m tasks.train`"
         )
     model = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(about["config"]))
     try:

@@ -52,7 +52,7 @@ function M.welcome()
         champion = now.champion or cjson.null,
         canary = now.canary or cjson.null,
         canary_weight = now.canary and now.weight or 0,
-        endpoints = { "/v1/recommend", "/v1/feedback", "/v2/health/ready", "/v2/models/NAME/infer" },
+        endpoints = { "/v1/... as the workload has it: any other path under /v1 names it", "/v1/feedback", "/v2/health/ready", "/v2/models/NAME/infer" },
     })
 end
 
