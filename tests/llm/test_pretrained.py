@@ -36,7 +36,7 @@ def saved(ingested: corpus.Corpus, tmp_path_factory: pytest.TempPathFactory) -> 
     torch.manual_seed(5)
     model = make(TINY, ingested.vocabulary, ingested.meta["end"])
     with torch.no_grad():
-        model.model.layers[1].mlp.gate.e_score_correction_bias.normal_()  # type: ignore[union-attr]
+        model.model.layers[1].mlp.gate.e_score_correction_bias.normal_()
     (place / "trained").mkdir()
     np.savez(place / "trained" / "weights.npz", **{n: v.detach().numpy() for n, v in model.state_dict().items()})
     artifacts.write_json(place / "trained" / "model.json", describe(model))
@@ -53,7 +53,7 @@ def test_a_training_starts_from_the_folder_with_the_loss_that_was_reached(ingest
     torch.manual_seed(5)
     model = make(TINY, ingested.vocabulary, ingested.meta["end"])
     with torch.no_grad():
-        model.model.layers[1].mlp.gate.e_score_correction_bias.normal_()  # type: ignore[union-attr]
+        model.model.layers[1].mlp.gate.e_score_correction_bias.normal_()
     started = task(ingested, saved)
     again = started.model()
     batch = {name: torch.from_numpy(value) for name, value in started.epoch(0, 1)[0].items()}
