@@ -73,7 +73,7 @@ def test_the_likeliest_next_tokens_come_with_their_probabilities(replica: Replic
 
 
 def test_a_long_text_counts_with_its_last_tokens_and_an_empty_one_is_a_beginning(replica: Replica) -> None:
-    end = "blue one two three cat dog tree red green blue one two three cat dog tree"
+    end = "blue one two three cat dog tree red green " * 4  # more tokens than the model sees
     long, short = (replica.post("/v1/complete", {"text": text}).json for text in ("dog " * 5000 + end, end))
     assert long["tokens"] == short["tokens"]
     assert long["read"] == TINY.context_length
