@@ -7,7 +7,7 @@ reports/evaluate.html. A missed gate does not fail this stage: `register` refuse
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -55,7 +55,7 @@ def run(params: Params, report: Report) -> None:
         "samples": len(samples),
         "metric": scoring.METRIC,
         "metrics": {precision: _metrics(scoring, value) for precision, value in values.items()},
-        "slices": _slices(scoring.slices(samples), served[scoring.METRIC], scoring.interval),
+        "slices": _slices(scoring.slices(samples), served[scoring.METRIC]),
         "champion": asdict(champion) if champion else None,
         "latency_ms": speed,
         "size_bytes": {precision: len(model) for precision, model in models.items()},
@@ -94,13 +94,11 @@ def _quantile(taken: scores.Floats, share: float) -> float:
     return round(float(np.quantile(taken, share)), 4)
 
 
-def _slices(
-    masks: Mapping[str, Any], values: scores.Floats, interval: Callable[[scores.Floats], tuple[float, float]]
-) -> list[dict[str, Any]]:
+def _slices(masks: Mapping[str, Any], values: scores.Floats) -> list[dict[str, Any]]:
     rows = []
     for name, mask in masks.items():
         if mask.any():
-            low, high = interval(values[mask])
+            low, high = scores.interval(values[mask])
             mean = float(values[mask].mean())
             rows.append({"name": name, "count": int(mask.sum()), "value": mean, "low": low, "high": high})
     return rows

@@ -3,6 +3,7 @@
 # U samples
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -49,6 +50,15 @@ def against(version: str, candidate: Floats, champion: Floats) -> Champion:
     half = 1.96 * float(difference.std()) / max(1.0, len(difference) ** 0.5)
     mean = float(difference.mean())
     return Champion(version, float(champion.mean()), mean, mean - half, mean + half)
+
+
+def interval(values: Floats) -> tuple[float, float]:
+    """95 % interval of a mean of values in 0..1 (Wilson's, with the variance at its largest; no width 0 at 0 or 1)."""
+    count, mean, z = len(values), float(values.mean()), 1.96
+    centre = (mean + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    # At 0 and 1 rounding would leave the mean itself a hair outside.
+    return min(mean, max(0.0, centre - half)), max(mean, min(1.0, centre + half))
 
 
 def gates(limits: EvaluateParams, metric: float, champion: Champion | None, p99_ms: float) -> list[Gate]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
 from slipway.config import EvaluateParams
 from slipway.evaluation import scores
@@ -31,3 +33,11 @@ def test_two_models_are_compared_sample_by_sample() -> None:
     assert found.low > 0.009  # every sample is better: paired, chance has no part in it
     shuffled = scores.against("3", rng.permutation(champion), champion)
     assert shuffled.low < 0 < shuffled.high
+
+
+@given(hits=st.integers(0, 200), count=st.integers(1, 200))
+def test_an_interval_holds_its_mean(hits: int, count: int) -> None:
+    values = np.zeros(count)
+    values[:hits] = 1.0
+    low, high = scores.interval(values)
+    assert 0.0 <= low <= values.mean() <= high <= 1.0

@@ -194,11 +194,3 @@ def test_negatives_are_items_that_the_user_has_not_seen() -> None:
     assert set(negatives[1].tolist()) == {1, 2, 6}
     everything = metrics.draw_negatives(np.random.default_rng(0), np.array([[1, 2]]), 2)
     assert (everything == 0).all()
-
-
-@given(hits=st.integers(0, 200), count=st.integers(1, 200))
-def test_an_interval_holds_its_mean(hits: int, count: int) -> None:
-    values = np.zeros(count)
-    values[:hits] = 1.0
-    low, high = metrics.interval(values)
-    assert 0.0 <= low <= values.mean() <= high <= 1.0

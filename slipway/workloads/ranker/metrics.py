@@ -3,7 +3,6 @@
 # B users, K items shown, N negatives, I items, H events of a history
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -69,12 +68,3 @@ def hits(ranks_B: Ints) -> Floats:
 def gains(ranks_B: Ints) -> Floats:
     """NDCG@10 of each user, which has one true item: 1 / log2(rank + 2) within the first ten."""
     return np.where(ranks_B < TOP, 1.0 / np.log2(np.minimum(ranks_B, TOP) + 2.0), 0.0)
-
-
-def interval(values_B: Floats) -> tuple[float, float]:
-    """95 % interval of a mean of values in 0..1 (Wilson's, with the variance at its largest; no width 0 at 0 or 1)."""
-    count, mean, z = len(values_B), float(values_B.mean()), 1.96
-    centre = (mean + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    # At 0 and 1 rounding would leave the mean itself a hair outside.
-    return min(mean, max(0.0, centre - half)), max(mean, min(1.0, centre + half))

@@ -24,7 +24,6 @@ Ints = npt.NDArray[np.int64]
 Run = Callable[[Sequence[str], Tensors], Sequence[Array]]
 
 METRIC = "ndcg_at_10"
-interval = metrics.interval
 BATCH = 128
 SHORT, POPULAR = 5, 0.1  # a short history has at most 5 items; the popular tenth of the items
 
