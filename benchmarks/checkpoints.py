@@ -28,7 +28,7 @@ from benchmarks.claims import Claim, tell
 from benchmarks.communication import synthetic
 from slipway.config import TrainParams
 from slipway.errors import TransientError
-from slipway.training import checkpoints, loop, order, processes
+from slipway.training import checkpoints, loop, order, processes, trainer
 from slipway.workloads.ranker.params import RankerParams
 
 COMMAND = "python -m benchmarks.checkpoints"
@@ -61,7 +61,7 @@ def waits(folder: Path, saves: int) -> Waits:
 
 
 def _waits(rank: int, world_size: int, meeting: str, job: loop.Job, saves: int) -> Waits:
-    one = loop._Loop(rank, world_size, meeting, job)
+    one = trainer.Trainer(rank, world_size, meeting, job)
     batches = one.task.epoch(0, world_size)
     turns = iter(order.turns(len(batches), 0, rank, world_size))
 
@@ -122,7 +122,7 @@ def run(job: loop.Job, killed: bool = False, then: int | None = None) -> End:
             training = pool.submit(loop.train, job)
         state = training.result()
     seconds = time.monotonic() - began
-    with np.load(job.out / loop.WEIGHTS) as stored:
+    with np.load(job.out / trainer.WEIGHTS) as stored:
         weights = {name: stored[name].tobytes() for name in stored.files}
     return End([point.loss for point in state.curve], state.best.metric, weights, seconds)
 

@@ -34,7 +34,7 @@ from benchmarks import ranker
 from benchmarks.claims import Claim, tell
 from slipway import config
 from slipway.config import CommunicationParams, TrainParams
-from slipway.training import communication, loop, order, processes
+from slipway.training import communication, loop, order, processes, trainer
 from slipway.workloads.base import Tensors
 from slipway.workloads.ranker.ingest import ingest
 from slipway.workloads.ranker.params import RankerParams
@@ -98,7 +98,7 @@ def job(folder: Path, data: Path, method: str) -> loop.Job:
     return loop.Job("ranker", data, train, model, folder / "checkpoints", folder / "out")
 
 
-class Measured(loop._Loop):
+class Measured(trainer.Trainer):
     """The product's loop, with the time and the interface's counter after each step."""
 
     def __init__(self, rank: int, world: int, interface: Path, told: loop.Job) -> None:
@@ -176,7 +176,7 @@ def _launch(folder: Path, name: str, node: int, address: str) -> subprocess.Pope
 def simulated(rank: int, world: int, meeting: str, told: loop.Job) -> float:
     """Train as one of two nodes, told so by the environment; the metric of the epoch that is kept."""
     os.environ.update(GROUP_RANK=str(rank // EACH), LOCAL_RANK=str(rank % EACH), LOCAL_WORLD_SIZE=str(EACH))
-    return loop._rank(rank, world, meeting, told, None, processes.Held(0)).best.metric
+    return trainer.run(rank, world, meeting, told, None, processes.Held(0)).best.metric
 
 
 def quality(folder: Path, source: Path | None) -> dict[str, list[float]]:

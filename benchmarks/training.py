@@ -1,6 +1,6 @@
 """Training at depth in one table: every technique against its absence, from one run of each benchmark.
 
-    python -m benchmarks.training [--only zero,loader] [--video-games PATH] [--images PATH] [--rectools PYTHON] [--json FILE]
+    python -m benchmarks.training [--only zero,loader] [--video-games PATH] [--images PATH] [--rectools PYTHON]
 
 Runs the benchmarks of ZeRO, checkpoints, communication, sparse training, the loader and time to quality, each in a
 process of its own, and prints their claims together. What a machine lacks (two network namespaces need root), or a path

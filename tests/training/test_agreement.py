@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 
 from slipway.errors import SlipwayError
-from slipway.training import agreement, loop, processes
+from slipway.training import agreement, loop, processes, trainer
 from tests.training.test_loop import job
 
 
 def _other_seed(rank: int, world_size: int, meeting: str, mine: loop.Job) -> loop.State:
     if rank == 1:
         mine = replace(mine, train=mine.train.model_copy(update={"seed": 9}))
-    return loop._Loop(rank, world_size, meeting, mine).run()
+    return trainer.Trainer(rank, world_size, meeting, mine).run()
 
 
 def _other_data(rank: int, world_size: int, meeting: str, mine: loop.Job) -> loop.State:
     if rank == 1:
         mine = replace(mine, data=mine.data.with_name("other"))
-    return loop._Loop(rank, world_size, meeting, mine).run()
+    return trainer.Trainer(rank, world_size, meeting, mine).run()
 
 
 def test_a_rank_with_other_parameters_is_refused_at_the_start(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from slipway import artifacts
 from slipway.errors import CheckpointError, TransientError
-from slipway.training import checkpoints, loop, order, processes, snapshots
+from slipway.training import checkpoints, loop, order, processes, snapshots, trainer
 from slipway.workloads.ranker.training import RankerTask
 from tests.training.test_loop import MODEL, job, weights
 
@@ -189,11 +189,11 @@ def test_a_killed_run_goes_on_with_another_number_of_processes_and_sees_every_sa
     assert state.step == then["step"] + left
     assert [point.epoch for point in state.curve] == [1, 2, 3]
     assert [point.loss for point in state.curve] == sorted((point.loss for point in state.curve), reverse=True)
-    assert not (mine.checkpoints / loop.UNIVERSAL).exists()
+    assert not (mine.checkpoints / trainer.UNIVERSAL).exists()
 
 
 def _some_steps(rank: int, world_size: int, meeting: str, mine: loop.Job, resume: Path | None, steps: int) -> int:
-    one = loop._Loop(rank, world_size, meeting, mine, resume)
+    one = trainer.Trainer(rank, world_size, meeting, mine, resume)
     batches = one.task.epoch(0, one.state.ranks)
     for turn in order.turns(len(batches), one.state.seen, rank, world_size)[:steps]:
         one._step(batches[turn.index], turn, turn.seen / len(batches))
@@ -236,7 +236,7 @@ def test_weights_and_moments_are_the_same_bits_for_another_number_of_processes(
     assert processes.run(before, _some_steps, mine, None, 3) == 3 * before
     written = checkpoints.newest(mine.checkpoints)
     assert written is not None
-    resume = processes.run(1, loop._convert, written, mine.checkpoints / loop.UNIVERSAL)
+    resume = processes.run(1, loop._convert, written, mine.checkpoints / trainer.UNIVERSAL)
     other = replace(mine, train=mine.train.model_copy(update={"world_size": after}), checkpoints=tmp_path / "other")
     assert processes.run(after, _some_steps, other, resume, 0) == 3 * before
     again = checkpoints.newest(other.checkpoints)

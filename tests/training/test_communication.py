@@ -20,7 +20,7 @@ from torch import nn
 from slipway import config
 from slipway.config import CommunicationParams, TrainParams
 from slipway.errors import ParamsError, SlipwayError, TransientError
-from slipway.training import checkpoints, communication, loop, processes
+from slipway.training import checkpoints, communication, loop, processes, trainer
 from slipway.training.communication import Place
 from tests.training.test_loop import job, weights
 
@@ -244,7 +244,7 @@ def _train(rank: int, world_size: int, meeting: str, told: loop.Job, resume: Pat
     pretend(rank)
     if rank == world_size - 1 and dies:
         threading.Thread(target=_die, args=(told.checkpoints, dies), daemon=True).start()
-    return loop._rank(rank, world_size, meeting, told, resume, processes.Held(0))
+    return trainer.run(rank, world_size, meeting, told, resume, processes.Held(0))
 
 
 def _die(folder: Path, step: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from slipway.config import TrainParams
 from slipway.errors import SlipwayError, TransientError
-from slipway.training import checkpoints, loop, processes
+from slipway.training import checkpoints, loop, processes, trainer
 from slipway.workloads.ranker.params import RankerParams
 from tests.ranker import data
 
@@ -30,7 +30,7 @@ def job(folder: Path, **turned: object) -> loop.Job:
 
 
 def weights(folder: Path) -> dict[str, bytes]:
-    with np.load(folder / loop.WEIGHTS, allow_pickle=False) as stored:
+    with np.load(folder / trainer.WEIGHTS, allow_pickle=False) as stored:
         return {name: stored[name].tobytes() for name in stored.files}
 
 
@@ -50,7 +50,7 @@ def test_a_run_that_was_killed_ends_bit_for_bit_like_one_that_was_not(tmp_path: 
     stage.join()
     resumed = checkpoints.newest(killed.checkpoints)
     assert resumed is not None, "no checkpoint was written before the kill"
-    assert not (killed.out / loop.MODEL).exists()
+    assert not (killed.out / trainer.MODEL).exists()
     again = loop.train(killed)
 
     assert [(p.loss, p.metric) for p in again.curve] == [(p.loss, p.metric) for p in state.curve]
@@ -65,7 +65,7 @@ def test_other_zeros_and_precisions_learn_too(tmp_path: Path, zero: int, precisi
 
 
 def test_the_learning_rate_rises_then_falls() -> None:
-    rates = [loop.learning_rate(1.0, step / 100) for step in range(1, 101)]
+    rates = [trainer.learning_rate(1.0, step / 100) for step in range(1, 101)]
     assert rates[4] == pytest.approx(1.0)
     assert rates[:5] == sorted(rates[:5])
     assert rates[5:] == sorted(rates[5:], reverse=True)

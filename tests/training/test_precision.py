@@ -10,7 +10,7 @@ import pytest
 
 from slipway.config import LossScaleParams, TrainParams
 from slipway.errors import ParamsError, SlipwayError
-from slipway.training import loop, precision, processes
+from slipway.training import loop, precision, processes, trainer
 from tests.training.test_loop import job
 
 
@@ -33,7 +33,7 @@ def test_an_overflow_at_the_least_scale_stops() -> None:
 
 def _emulated(rank: int, world_size: int, meeting: str, mine: loop.Job) -> loop.State:
     os.environ[precision.EMULATE] = "1"  # the fp16 of DeepSpeed's engine, in software
-    return loop._Loop(rank, world_size, meeting, mine).run()
+    return trainer.Trainer(rank, world_size, meeting, mine).run()
 
 
 @pytest.mark.slow
