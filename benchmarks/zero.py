@@ -34,7 +34,7 @@ from slipway.workloads.ranker.params import RankerParams
 RESULT = Path(__file__).parent / "results" / "zero.json"
 MODEL = RankerParams(width=256, blocks=4, max_length=32, dropout=0.1, negatives=128)
 TINY = RankerParams(width=16, blocks=1, max_length=8, dropout=0.2, negatives=16)
-STEPS, BATCH = 5, 32
+STEPS, BATCH = 4, 32
 GB, GIB = 1e9, 2**30
 LARGE, DEVICES = 13_000_000_000, 8
 
@@ -47,17 +47,19 @@ HALVES: list[Setting] = [(0, "none", "bf16"), (0, "none", "fp16"), (3, "none", "
 
 @dataclass(frozen=True)
 class Found:
-    """What one setting did, on rank 0."""
+    """What one setting did."""
 
     losses: list[float]
     """Mean over the processes."""
     between: Places
-    """Between backward and step."""
+    """Between backward and step, on the rank that holds most."""
     updating: Places
     """As AdamW steps."""
     activations: int
     step_ms: float
     """Median; the settings of a world take turns step by step."""
+    sizes: list[int]
+    """Elements of each parameter."""
 
 
 def write(folder: Path, users: int, items: int, events: int) -> Path:
@@ -91,20 +93,23 @@ def _train(rank: int, world_size: int, meeting: str, folder: Path, settings: Seq
         )
         torch.manual_seed(1)
         task = part("ranker", "training").TASK(folder, train, MODEL)
-        made, seen = engine.make(task.model(), train, folder.parent / "disk"), list[Places]()
+        model, seen = task.model(), list[Places]()
+        sizes = [parameter.numel() for parameter in model.parameters()]
+        made = engine.make(model, train, folder.parent / "disk")
         inner = getattr(made.optimizer, "optimizer", made.optimizer)
         inner.register_step_pre_hook(lambda *_, made=made, seen=seen: seen.append(engine.state_bytes(made)))
         found[setting] = {
             "engine": made,
             "updating": seen,
             "batches": task.epoch(0, world_size),
+            "sizes": sizes,
             "losses": [],
             "ms": [],
         }
     for step in range(STEPS):
         for each in found.values():
             made = each["engine"]
-            batch = {n: torch.from_numpy(v) for n, v in each["batches"][step * world_size + rank].items()}
+            batch = {n: torch.from_numpy(v) for n, v in each["batches"][rank].items()}
             torch.manual_seed(step)
             with survey.Kept([*made.module.parameters(), *batch.values()]) as kept:
                 began = time.perf_counter()
@@ -120,13 +125,23 @@ def _train(rank: int, world_size: int, meeting: str, folder: Path, settings: Seq
     return {
         setting: Found(
             each["losses"],
-            each["between"],
-            each["updating"][-1],
+            _most(each["between"], world_size),
+            _most(each["updating"][-1], world_size),
             each["activations"],
             statistics.median(each["ms"][1:]),
+            each["sizes"],
         )
         for setting, each in found.items()
     }
+
+
+def _most(places: Places, world_size: int) -> Places:
+    """Of all ranks the one that holds most."""
+    import torch
+
+    found = [places] * world_size
+    torch.distributed.all_gather_object(found, places)
+    return max(found, key=lambda each: each.device.state + each.host.state + each.disk.state)
 
 
 def _scaled(rank: int, world_size: int, meeting: str, job: loop.Job) -> loop.State:
@@ -142,7 +157,7 @@ def overflow(folder: Path) -> dict[str, loop.State]:
         "overflow": {"initial": 2.0**12, "growth": 2.0**16, "window": 12},
     }.items():
         train = TrainParams.model_validate(
-            {"precision": "fp16", "zero": 2, "world_size": 1, "batch_size": 16, "epochs": 3, "learning_rate": 0.01}
+            {"precision": "fp16", "zero": 2, "world_size": 1, "batch_size": 16, "epochs": 2, "learning_rate": 0.01}
             | {"loss_scale": scale, "checkpoint_every_s": 1e6}
         )
         job = loop.Job("ranker", ingested, train, TINY, folder / name / "checkpoints", folder / name / "out")
@@ -194,9 +209,10 @@ def _losses(found: dict[int, dict[Setting, Found]]) -> Claim:
         "losses equal plain data parallel, every stage and offload (fp32)",
         "equal",
         "stage 0",
-        f"{count} runs; largest relative difference {worst:.1e}",
+        f"{count} runs; largest relative difference {worst:.1e}, while the loss went from "
+        f"{plain[0]:.3f} to {plain[-1]:.3f}",
         1.0,
-        worst < 1e-5,
+        worst < 1e-5 and plain[-1] < plain[0],
     )
 
 
@@ -219,14 +235,14 @@ def _planned(found: dict[int, dict[Setting, Found]]) -> Claim:
     """Largest difference of planned and measured state, in all places, and of activations."""
     worst, count = 0.0, 0
     for n, each in found.items():
-        elements = each[0, "none", "fp32"].updating.device.parameters // 4
+        sizes = tuple(each[0, "none", "fp32"].sizes)
         for (stage, offload, kind), one in each.items():
-            planned = plan.places(plan.Model(elements, 0, None), kind, n, stage, offload)
+            planned = plan.places(plan.Model(sum(sizes), 0, None, sizes), kind, n, stage, offload)
             for place in ("device", "host", "disk"):
                 held, wanted = getattr(one.updating, place), getattr(planned, place)
-                state = held.state
-                if kind != "fp32" and stage in (1, 2):  # the 16-bit gradients are dropped just before
-                    state += getattr(one.between, place).gradients
+                before, state = getattr(one.between, place).gradients, held.state
+                if stage in (1, 2):  # gradients are freed or, in 16 bits, dropped for their fp32 copy just before
+                    state += before if kind != "fp32" else max(0, before - held.gradients)
                 if wanted.state:
                     worst = max(worst, abs(state / wanted.state - 1))
                     count += 1

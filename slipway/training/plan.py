@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from rich.table import Table
 
@@ -74,6 +75,8 @@ class Model:
     """Elements of the largest layer: what stage 3 has to gather at once."""
     activations: int | None
     """Bytes that one micro-batch's forward keeps for its backward; None: not known."""
+    sizes: tuple[int, ...] = ()
+    """Elements of each parameter, in the model's order; empty: not known."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ def places(model: Model, precision: str, devices: int, stage: int, offload: str)
         parameters, gradients = width * share, (width + copy) * share
     else:
         parameters, gradients = whole, (width + copy) * share
+        gradients += width * (_touched(model.sizes, devices) - share if model.sizes else 0)
     if offload == "none":
         return Places(Bytes(parameters, gradients, 12 * share, moving, activations))
     kept = Bytes(parameters if stage < 3 else 0, 0, 0, moving, activations)
@@ -147,6 +151,17 @@ def places(model: Model, precision: str, devices: int, stage: int, offload: str)
     if offload == "cpu":
         return Places(kept, host)
     return Places(kept, Bytes(0, host.gradients, 0, host.buffers), apart)
+
+
+def _touched(sizes: Sequence[int], devices: int) -> int:
+    """Most elements of the parameters that one device's share lies in: a gradient is kept whole for a part of it."""
+    ends = list(accumulate(sizes))
+    share = -(-ends[-1] // devices)
+    shares = [(rank * share, min((rank + 1) * share, ends[-1])) for rank in range(devices)]
+    return max(
+        sum(size for size, end in zip(sizes, ends, strict=True) if end > first and end - size < last)
+        for first, last in shares
+    )
 
 
 def rows(model: Model, precision: str, machine: Machine) -> list[Row]:

@@ -83,10 +83,12 @@ def size(task: Task, train: TrainParams, host: int) -> plan.Model:
 
     with torch.device("meta"):
         meta = task.model()
-    elements = sum(parameter.numel() for parameter in meta.parameters())
+    sizes = tuple(parameter.numel() for parameter in meta.parameters())
+    elements = sum(sizes)
     largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in meta.modules())
     room = 4 * elements < host / 4
-    return plan.Model(elements, largest, activations(task.model(), _largest(task, train), train) if room else None)
+    measured = activations(task.model(), _largest(task, train), train) if room else None
+    return plan.Model(elements, largest, measured, sizes)
 
 
 def activations(model: Any, batch: Tensors, train: TrainParams) -> int:

@@ -56,6 +56,14 @@ def test_less_memory_never_takes_a_cheaper_setting(elements: int, devices: int, 
     assert chosen(10**15) == 0
 
 
+def test_a_parameter_that_lies_in_two_shares_has_its_gradient_whole_in_both() -> None:
+    def gradients(*sizes: int) -> int:
+        return plan.places(plan.Model(40, 30, 0, sizes), "fp32", 2, 2, "none").device.gradients
+
+    assert gradients() == gradients(10, 10, 10, 10) == 4 * 20
+    assert gradients(30, 5, 5) == 4 * 40
+
+
 def test_what_is_offloaded_has_to_fit_the_host() -> None:
     roomy = plan.Machine(8, 24 * 10**9, 400 * 10**9, 400 * 10**9)
     tight, full = replace(roomy, host=100 * 10**9), replace(roomy, host=100 * 10**9, disk=10**9)

@@ -97,7 +97,7 @@ def padded(
     items: npt.NDArray[Any], begin: npt.NDArray[np.int64], end: npt.NDArray[np.int64], limit: int = 1 << 30
 ) -> npt.NDArray[np.int64]:
     """Gather items[begin:end] of each row, padded with 0 on the left to the longest, at most `limit`: [B, T]."""
-    length = max(1, min(int((end - begin).max()), limit))
+    length = max(1, min(int((end - begin).max(initial=1)), limit))
     place = end[:, None] - np.arange(length, 0, -1)
     inside = place >= begin[:, None]
     return np.where(inside, items[np.where(inside, place, 0)], 0).astype(np.int64)

@@ -123,9 +123,9 @@ class RankerTask:
     def validate(self, model: torch.nn.Module, rank: int) -> tuple[float, int]:
         """Sum and count of NDCG@10 over all items, on this rank's share of a sample of the validation items."""
         assert isinstance(model, Ranker)
-        users = self.validation[rank :: self.train.world_size]
-        total = 0.0
-        for at in range(0, len(users), VALIDATION_BATCH):
+        ranks, total = self.train.world_size, 0.0
+        users = self.validation[rank::ranks]
+        for at in range(0, -(-len(self.validation) // ranks), VALIDATION_BATCH):  # of some ranks the last is empty
             total += self._gain(model, users[at : at + VALIDATION_BATCH])
         return total, len(users)
 
