@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks import ranker
 from benchmarks.claims import Claim, tell
 from slipway.config import TrainParams
-from slipway.training import loop, plan, precision, processes, survey
+from slipway.training import loop, plan, precision, processes, survey, trainer
 from slipway.training.plan import Places
 from slipway.workloads.base import part
 from slipway.workloads.ranker.params import RankerParams
@@ -146,7 +146,7 @@ def _most(places: Places, world_size: int) -> Places:
 
 def _scaled(rank: int, world_size: int, meeting: str, job: loop.Job) -> loop.State:
     os.environ[precision.EMULATE] = "1"
-    return loop._Loop(rank, world_size, meeting, job).run()
+    return trainer.Trainer(rank, world_size, meeting, job).run()
 
 
 def overflow(folder: Path) -> dict[str, loop.State]:
