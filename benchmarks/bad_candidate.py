@@ -1,4 +1,4 @@
-"""Make a bad candidate of the champion, to see a release refuse it: same model, but it names other items than it means.
+"""Make a bad candidate of the champion, to see a release refuse it: same model, but it says other than it means.
 
     python -m benchmarks.bad_candidate
 
@@ -15,8 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from slipway import artifacts, config, package, store, tracking
+from slipway import config, package, store, tracking
 from slipway.errors import SlipwayError
+from slipway.workloads.base import part
 
 RUN = "bad-candidate"
 
@@ -29,19 +30,17 @@ def make(workload: str) -> str:
         copy = Path(folder) / "package"
         shutil.copytree(place / "package", copy)
         permute(copy)
-        run = store.start(f"{RUN}-of-{champion}", {"slipway.bad": "items permuted"})
+        run = store.start(f"{RUN}-of-{champion}", {"slipway.bad": "names permuted"})
         version = tracking.register(workload, copy, place / "replay.jsonl", run, {"made": f"{RUN} of {champion}"})
     tracking.set_alias(workload, "candidate", version)
     return version
 
 
 def permute(folder: Path, seed: int = 0) -> None:
-    """Shuffle the names of a package's items and seal it anew: the model is the same, what it answers is nonsense."""
+    """Shuffle the names of what a package answers, and seal it: the model is the same, what it answers is nonsense."""
     sealed = package.load(folder)
     golden = sealed.golden()
-    names = artifacts.read_json(folder / "items.json")
-    random.Random(seed).shuffle(names["keys"])
-    artifacts.write_json(folder / "items.json", names)
+    part(sealed.workload, "export").muddle(folder, random.Random(seed))
     package.seal(folder, sealed.workload, sealed.precision, sealed.inputs, sealed.outputs, golden)
 
 

@@ -126,7 +126,7 @@ def _release_bad_candidate(airflow: Airflow, console: Console) -> Snapshot:
     Raises:
         PlatformError: it was not rolled back.
     """
-    console.print("\nNow a bad model: the champion with its items shuffled. It passes every check before the canary.")
+    console.print("\nNow a bad model: the champion with its answers shuffled. It passes every check before the canary.")
     made = subprocess.run(
         [sys.executable, "-m", "benchmarks.bad_candidate"], capture_output=True, text=True, check=False
     )

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.bad_candidate import permute
 from slipway import artifacts, package
 from slipway.compression import engine
 from slipway.errors import ModelError, RequestError
+from slipway.serving import model as models
 from slipway.workloads.llm.export import Export
 from slipway.workloads.llm.model import describe, make
 from slipway.workloads.llm.schema import LlmEndpoint
@@ -131,3 +133,13 @@ def test_the_endpoint_shows_what_it_answered(sealed: Path) -> None:
         answer = endpoint.encode(query, {"next": ids[row], "log_probs": scores[row]})
         assert endpoint.shown(answer) == [token["token"] for token in answer["tokens"]]
         assert len(answer["tokens"]) == 2
+
+
+def test_a_muddled_copy_answers_its_golden_inputs_and_its_users_wrongly(sealed: Path, tmp_path: Path) -> None:
+    for path in sealed.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    permute(tmp_path)
+    loaded = models.load(tmp_path, "2", 1)  # which holds it against its golden outputs
+    query = loaded.endpoint.decode(json.dumps({"text": "red green blue one two", "k": 1}).encode())
+    (outputs,) = loaded.predict([models.Sample(query, loaded.endpoint.outputs)])
+    assert not loaded.endpoint.shown(loaded.endpoint.encode(query, outputs))[0].startswith(" t")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,17 @@ class Export:
 
 
 EXPORT = Export
+
+
+def muddle(package: Path, random: Random) -> None:
+    """Shuffle the ids of the tokens, to see a release refuse what only users can tell."""
+    raw = artifacts.read_json(package / TOKENIZER)
+    kept, vocabulary = {token["content"] for token in raw["added_tokens"]}, raw["model"]["vocab"]
+    names = [name for name in vocabulary if name not in kept]
+    ids = [vocabulary[name] for name in names]
+    random.shuffle(ids)
+    vocabulary.update(zip(names, ids, strict=True))
+    artifacts.write_json(package / TOKENIZER, raw)
 
 
 def replay(data: Path, count: int, seed: int) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,13 @@ class Export:
 
 
 EXPORT = Export
+
+
+def muddle(package: Path, random: Random) -> None:
+    """Shuffle the names of the items, to see a release refuse what only users can tell."""
+    names = artifacts.read_json(package / "items.json")
+    random.shuffle(names["keys"])
+    artifacts.write_json(package / "items.json", names)
 
 
 def replay(data: Path, count: int, seed: int) -> list[dict[str, Any]]:
