@@ -1,12 +1,12 @@
 # The front door. `make` lists what there is.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down status test lint format bench clean
+.PHONY: help setup demo up down status test lint format bench bench-training clean
 PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)
 
 help:  ## List what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup:  ## Make .venv from the lock, install the system programs that are missing
 	@infra/setup.sh
@@ -35,6 +35,10 @@ format: setup  ## Format the code
 bench: up  ## Every benchmark, about 20 minutes; VIDEO_GAMES=PATH adds the published comparison
 	@for claim in ingest serving verdicts path $(if $(VIDEO_GAMES),"ranker $(VIDEO_GAMES)"); do \
 		set -- $$claim; name=$$1; shift; echo "== $$name"; $(PY) -m benchmarks.$$name "$$@" || exit 1; done
+
+bench-training: setup  ## Training at depth, about an hour; VIDEO_GAMES=, IMAGES=, RECTOOLS= add what needs them
+	@$(PY) -m benchmarks.training $(if $(VIDEO_GAMES),--video-games $(VIDEO_GAMES)) $(if $(IMAGES),--images $(IMAGES)) \
+		$(if $(RECTOOLS),--rectools $(RECTOOLS))
 
 clean: down  ## Remove all state of this checkout: data, models, runs, the stack's databases
 	@rm -rf .slipway data models reports .mypy_cache .ruff_cache .hypothesis .import_linter_cache
