@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import hypothesis
@@ -25,7 +27,15 @@ def needs(*programs: str) -> pytest.MarkDecorator:
 
 
 def free_port() -> int:
-    """Give a port of the loopback interface that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Give a port of the loopback interface that nothing listens on.
+
+    Below those that the kernel gives to outgoing connections: one of them could take it before the test's server does.
+    """
+    while True:
+        port = _PORTS.randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+_PORTS = random.Random()  # its own: a test may seed the shared one

@@ -24,6 +24,7 @@ from slipway.platforms.local.programs import Service
 from slipway.platforms.local.supervisor import Process, Supervisor, configuration
 
 CHECKOUT = Path(__file__).parents[3]
+_PORT_S = 3.0  # a process that was killed holds its port until the kernel has taken its memory apart
 _SUPERVISOR_START_S = 20.0
 _STOP_S = 45.0
 _REPLICA_START_S = 60.0
@@ -77,14 +78,17 @@ def end_orphans(layout: Layout) -> int:
 
 
 def _refuse_taken_ports(services: Sequence[Service]) -> None:
-    taken = [
-        f"{service.name}: port {port} is held by {processes.holder(port)}; end that, or change {key} in params.yaml"
-        for service in services
-        for key, port in service.ports.items()
-        if not processes.is_free(port)
-    ]
-    if taken:
-        raise StackError("\n".join(taken))
+    ports = [(service.name, key, port) for service in services for key, port in service.ports.items()]
+    deadline = time.monotonic() + _PORT_S
+    while taken := [each for each in ports if not processes.is_free(each[2])]:
+        if time.monotonic() > deadline:
+            raise StackError(
+                "\n".join(
+                    f"{name}: port {port} is held by {processes.holder(port)}; end that, or change {key} in params.yaml"
+                    for name, key, port in taken
+                )
+            )
+        time.sleep(0.1)
 
 
 def _start_supervisor(layout: Layout, supervisor: Supervisor) -> None:
