@@ -116,6 +116,8 @@ def table(folder: Path, rows: int) -> None:
     folder.mkdir(parents=True)
     np.save(folder / "offsets.npy", offsets)
     np.save(folder / "items.npy", items)
+    events = np.bincount(items, minlength=ITEMS + 1)[1:]
+    pq.write_table(pa.table({"key": np.arange(ITEMS).astype(str), "events": events}), folder / "items.parquet")
     artifacts.write_json(folder / "meta.json", {"events": len(items), "users": users, "items": ITEMS})
     order = rng.permutation(len(items))
     user = np.repeat(np.arange(users), np.diff(offsets))[order]

@@ -35,6 +35,7 @@ from slipway.workloads.ranker.windows import GROUP, HELD_OUT, Order, Windows
 
 Ints = npt.NDArray[np.int64]
 
+USERS = 65_536  # users that are counted at a time
 VALIDATION_USERS = 4096
 VALIDATION_BATCH = 256
 
@@ -80,8 +81,10 @@ class Epoch(Sequence[Tensors]):
 def popularity(data: sequences.Sequences) -> npt.NDArray[np.float64]:
     """Share of the training targets that each item is: [I+1]; a user's first and held-out events are none."""
     counts = np.concatenate([[0], data.item_events])
-    for place in (data.offsets[:-1], *(data.offsets[1:] - held for held in range(1, HELD_OUT + 1))):
-        counts -= np.bincount(data.items[place], minlength=len(counts))
+    for at in range(0, len(data.offsets) - 1, USERS):  # in parts: memory does not grow with the table
+        ends = data.offsets[at : at + USERS + 1]
+        for place in (ends[:-1], *(ends[1:] - held for held in range(1, HELD_OUT + 1))):
+            counts -= np.bincount(data.items[place], minlength=len(counts))
     shares: npt.NDArray[np.float64] = np.maximum(counts, 0) / max(1, counts.sum())
     return shares
 
