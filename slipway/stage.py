@@ -65,6 +65,8 @@ class Show:
     name: str
     text: str
     """Help of the flag."""
+    value: str | None
+    """What the flag itself takes, such as VERSION; `show` gets it among the options. None: nothing."""
     options: Mapping[str, str]
     """Help of each option."""
     show: Callable[[config.Params, Mapping[str, str]], None]
@@ -95,7 +97,8 @@ def main(
     for key, text in (takes or {}).items():
         parser.add_argument(f"--{key}", help=text)
     if shows is not None:
-        parser.add_argument(f"--{shows.name}", action="store_true", help=shows.text)
+        taken: dict[str, Any] = {"action": "store_true"} if shows.value is None else {"metavar": shows.value}
+        parser.add_argument(f"--{shows.name}", help=shows.text, **taken)
         for key, text in shows.options.items():
             parser.add_argument(f"--{key}", help=f"with --{shows.name}: {text}")
     options = parser.parse_args()
@@ -110,8 +113,10 @@ def main(
 
     if shows is not None:
         given = {key: value for key in shows.options if (value := getattr(options, key)) is not None}
-        if getattr(options, shows.name):
-            sys.exit(_show(name, shows, options.params, given))
+        asked = getattr(options, shows.name)
+        if asked:
+            named = {} if shows.value is None else {shows.name: asked}
+            sys.exit(_show(name, shows, options.params, named | given))
         if given:
             parser.error(f"--{next(iter(given))} is of use with --{shows.name} alone")
     sys.exit(call(name, work))

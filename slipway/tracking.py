@@ -3,7 +3,8 @@
     home()/models/WORKLOAD/VERSION/
         package/        the sealed model package
         replay.jsonl    held-out samples, replayed as live traffic while the version is a canary
-        version.json    what the copy must be: SHA-256 of both; written last
+        fp32.onnx       the full model, where a compressed one is served: what it is measured against
+        version.json    what the copy must be: SHA-256 of each; written last
 
 Aliases: `candidate` passed every gate, `champion` serves everybody, `previous` is what a rollback goes back to. A
 version's artifacts lie in the MLflow run that made it, under `model-CONTENT/`; the copy is what replicas load, so a
@@ -22,8 +23,10 @@ from typing import Any
 from slipway import artifacts, config, locks, package, store
 from slipway.errors import DataError, ModelError, RegistryError
 
-PACKAGE, REPLAY, MANIFEST = "package", "replay.jsonl", "version.json"
+PACKAGE, REPLAY, REFERENCE, MANIFEST = "package", "replay.jsonl", "fp32.onnx", "version.json"
 CONTENT_TAG = "content"
+PARTS = {CONTENT_TAG: PACKAGE, "replay": REPLAY, "fp32": REFERENCE}
+"""What a version consists of, by the tag that holds its SHA-256; the last is there for compressed models alone."""
 
 
 def aliases(workload: str) -> dict[str, str]:
@@ -116,8 +119,10 @@ def verify(place: Path) -> None:
     except DataError as error:
         raise ModelError(f"{place}: no copy of a version ({error})") from error
     package.load(place / PACKAGE)
-    for key, path in ((CONTENT_TAG, place / PACKAGE), ("replay", place / REPLAY)):
-        if not path.exists() or artifacts.sha256(path) != expected.get(key):
+    for key, name in PARTS.items():
+        path, known = place / name, expected.get(key)
+        optional = path.name == REFERENCE and known is None
+        if not optional and (not path.exists() or artifacts.sha256(path) != known):
             raise ModelError(f"{path}: missing or not what was registered")
 
 
@@ -133,7 +138,7 @@ def _download(workload: str, version: str, place: Path) -> None:
             raise ModelError(
                 f"{workload}/{version}: the registry has lost its artifacts ({error}); register the model again"
             ) from error
-        expected = {CONTENT_TAG: found.tags.get(CONTENT_TAG), "replay": found.tags.get("replay")}
+        expected = {key: found.tags[key] for key in PARTS if key in found.tags}
         artifacts.write_json(fetched / MANIFEST, expected)
         try:
             verify(fetched)
@@ -142,7 +147,7 @@ def _download(workload: str, version: str, place: Path) -> None:
                 f"{workload}/{version}: the copy at {place} and the registry's artifacts are both corrupt ({error}); "
                 "register the model again with `dvc repro -s -f register`"
             ) from error
-        _keep(place, fetched / PACKAGE, fetched / REPLAY, expected)
+        _keep(place, {key: fetched / PARTS[key] for key in expected}, expected)
 
 
 def _under(content: str) -> str:
@@ -150,11 +155,12 @@ def _under(content: str) -> str:
     return f"model-{content[:12]}"
 
 
-def _keep(place: Path, sealed: Path, replay: Path, expected: Mapping[str, Any]) -> None:
+def _keep(place: Path, parts: Mapping[str, Path], expected: Mapping[str, Any]) -> None:
     with locks.held("models"), artifacts.writing(place) as beside:
         beside.mkdir()
-        shutil.copytree(sealed, beside / PACKAGE)
-        shutil.copyfile(replay, beside / REPLAY)
+        for key, path in parts.items():
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, beside / PARTS[key])
         artifacts.write_json(beside / MANIFEST, expected)
 
 
@@ -162,7 +168,9 @@ def _folder(workload: str, version: str) -> Path:
     return config.home() / "models" / workload / version
 
 
-def register(workload: str, sealed: Path, replay: Path, run: str, lineage: Mapping[str, str]) -> str:
+def register(
+    workload: str, sealed: Path, replay: Path, run: str, lineage: Mapping[str, str], reference: Path | None = None
+) -> str:
     """Give a package a version; the same package always has the same one, however often it is registered.
 
     Args:
@@ -171,23 +179,27 @@ def register(workload: str, sealed: Path, replay: Path, run: str, lineage: Mappi
         replay: its held-out samples, JSON lines.
         run: MLflow run that keeps the artifacts.
         lineage: tags of a new version: git commit, data, metrics.
+        reference: the full model, a file named `fp32.onnx`, where the package holds a compressed one.
 
     Raises:
         ModelError: the package is corrupt.
     """
     loaded = package.load(sealed)
-    expected = {CONTENT_TAG: artifacts.sha256(sealed), "replay": artifacts.sha256(replay)}
+    parts = {CONTENT_TAG: sealed, "replay": replay} | ({} if reference is None else {"fp32": reference})
+    expected = {key: artifacts.sha256(path) for key, path in parts.items()}
     client = store.client()
     with locks.held(f"register-{workload}"), store.translated(workload):
         known = [v for v in _versions(client, workload) if v.tags.get(CONTENT_TAG) == expected[CONTENT_TAG]]
         if known:
             version = min(known, key=lambda v: int(v.version))
-            number, expected["replay"] = str(version.version), version.tags["replay"]
+            number, expected = str(version.version), {key: version.tags[key] for key in PARTS if key in version.tags}
         else:
             signature = {"inputs": [vars(s) for s in loaded.inputs], "outputs": [vars(s) for s in loaded.outputs]}
             facts = {**lineage, **expected, "precision": loaded.precision, "signature": json.dumps(signature)}
             client.log_artifacts(run, str(sealed), f"{_under(expected[CONTENT_TAG])}/{PACKAGE}")
-            client.log_artifact(run, str(replay), _under(expected[CONTENT_TAG]))
+            for path in parts.values():
+                if path.is_file():
+                    client.log_artifact(run, str(path), _under(expected[CONTENT_TAG]))
             number = _create(client, workload, run, facts)
     place = _folder(workload, number)
     try:
@@ -195,8 +207,9 @@ def register(workload: str, sealed: Path, replay: Path, run: str, lineage: Mappi
         fresh = artifacts.read_json(place / MANIFEST) != expected
     except ModelError:
         fresh = True
-    if fresh and artifacts.sha256(replay) == expected["replay"]:
-        _keep(place, sealed, replay, expected)
+    kept = {key: path for key, path in parts.items() if key in expected}  # as it was first registered
+    if fresh and {key: artifacts.sha256(path) for key, path in kept.items()} == expected:
+        _keep(place, kept, expected)
     return number
 
 

@@ -2,11 +2,17 @@
 
 Reads data/ingest, models/export, models/package and the curve of reports/train.json; writes reports/evaluate.json and
 reports/evaluate.html. A missed gate does not fail this stage: `register` refuses the candidate.
+
+    python -m tasks.evaluate --model VERSION|ALIAS|FOLDER [--source PATH] [--json FILE]
+
+scores any model on any data of the workload's form instead, in full precision and compressed side by side, and leaves
+this workspace as it is. A source is read as params.yaml says (`ingest.columns` …), all of it as held-out data.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,13 +20,15 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
-from slipway import artifacts, package, stage, tracking
+from slipway import artifacts, config, package, stage, tracking
 from slipway.compression import engine
-from slipway.config import Params
-from slipway.evaluation import page, scores
+from slipway.config import IngestParams, Params
+from slipway.evaluation import comparison, page, scores, subject
+from slipway.evaluation.subject import Subject
 from slipway.progress import Progress
-from slipway.stage import Report
+from slipway.stage import Report, Show
 from slipway.workloads.base import Tensors, part
 
 DATA, EXPORT, PACKAGE = Path("data/ingest"), Path("models/export"), Path("models/package")
@@ -114,5 +122,63 @@ def _tell(judged: list[scores.Gate]) -> None:
             )
 
 
+def show(params: Params, asked: Mapping[str, str]) -> None:
+    """Score the model that was asked for and print what it scored.
+
+    Raises:
+        SlipwayError: there is no such model, or the source cannot be read.
+    """
+    model = subject.find(params.workload, asked["model"])
+    with tempfile.TemporaryDirectory(prefix="slipway-") as scratch:
+        data, read = DATA, {}
+        if "source" in asked:
+            data = Path(scratch) / "data"
+            read = _held_out(params, model, asked["source"], data)
+        found = _scored(params, model, data)
+    found = {"model": model.name, "source": asked.get("source", str(DATA)), **found}
+    found["left_out"] = read.get("dropped") or {}
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(*comparison.tables(found), *comparison.notes(found), sep="\n")
+    if "json" in asked:
+        artifacts.write_json(Path(asked["json"]), found)
+
+
+def _held_out(params: Params, model: Subject, source: str, out: Path) -> dict[str, Any]:
+    """Ingest a source as the workload of the model does, all of it as test data; what the reading found."""
+    read: dict[str, Any] = {}
+    ingest = config.check(IngestParams, params.ingest.model_dump() | {"source": source}, Path("--source"))
+    given = params.model_copy(update={"workload": model.package.workload, "ingest": ingest})
+    part(model.package.workload, "ingest").held_out(given, model.package.folder, out, read)
+    return read
+
+
+def _scored(params: Params, model: Subject, data: Path) -> dict[str, Any]:
+    scoring = part(model.package.workload, "scoring")
+    samples = scoring.samples(data, "test", params.evaluate.max_users, SEED)
+    values = {}
+    with Progress("evaluate", len(model.models), "models") as progress:
+        for precision, path in model.models.items():
+            values[precision] = scoring.score(engine.load(path.read_bytes(), str(path)), samples, model.package.folder)
+            progress.advance(step=precision)
+    return {
+        "workload": model.package.workload,
+        "samples": len(samples),
+        "metric": scoring.METRIC,
+        **comparison.compare(values, scoring.METRIC, scoring.slices(samples)),
+        "unknown": [asdict(each) for each in scoring.unknown(samples, model.package.folder)],
+    }
+
+
+ANY = Show(
+    "model",
+    "score this model instead: a version's number, an alias such as champion, or the folder of a package",
+    "MODEL",
+    {
+        "source": "data of the workload's form to score it on (default: the test data of this workspace)",
+        "json": "file that the figures are written into too",
+    },
+    show,
+)
+
 if __name__ == "__main__":
-    stage.main(run)
+    stage.main(run, shows=ANY)

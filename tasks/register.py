@@ -1,7 +1,7 @@
 """Give the model a version in the registry, if it passed every gate.
 
-Reads models/package, reports/evaluate.json, the name of the run in reports/train.json, and data/ingest for the held-out
-samples that travel with the version.
+Reads models/package, the full model in models/export, reports/evaluate.json, the name of the run in reports/train.json,
+and data/ingest for the held-out samples that travel with the version.
 Writes the version with its lineage into the registry, the alias `candidate`, and reports/register.json. The same
 package keeps its version however often it is registered; it may be killed anywhere and run again.
 """
@@ -21,7 +21,7 @@ from slipway.config import Params
 from slipway.errors import GateError
 from slipway.workloads.base import part
 
-PACKAGE, DATA = Path("models/package"), Path("data/ingest")
+PACKAGE, EXPORT, DATA = Path("models/package"), Path("models/export"), Path("data/ingest")
 TRAINING, EVALUATION = Path("reports/train.json"), Path("reports/evaluate.json")
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,8 @@ def run(params: Params, report: stage.Report) -> None:
         if record.RUN_VARIABLE not in os.environ and TRAINING.exists():  # goes on in the run that got the live figures
             store.rename(str(artifacts.read_json(TRAINING).get("run")), name, store.client())
         mlflow_run = store.start(name, lineage, store.client())
-        version = tracking.register(params.workload, PACKAGE, replay, mlflow_run, lineage)
+        full = EXPORT / tracking.REFERENCE if sealed.precision != "fp32" else None
+        version = tracking.register(params.workload, PACKAGE, replay, mlflow_run, lineage, full)
     tracking.set_alias(params.workload, "candidate", version)
     report["workload"], report["version"], report["content"] = params.workload, version, content
     report["precision"], report["mlflow_run"], report["samples"] = sealed.precision, mlflow_run, len(samples)

@@ -82,6 +82,7 @@ def show(params: Params, asked: Mapping[str, str]) -> None:
 PLAN = Show(
     "plan",
     "print what each ZeRO stage needs of memory, with and without offload, and the cheapest that fits; train nothing",
+    None,
     {
         "parameters": "plan for a model of this many parameters instead, such as 13e9; without activations",
         "devices": "plan for this many devices, such as 8",

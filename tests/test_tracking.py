@@ -110,9 +110,10 @@ def test_aliases_move_and_are_removed_however_often(run: str, tmp_path: Path, re
         tracking.resolve("named", "previous")
 
 
-@pytest.mark.parametrize("torn", ["package/model.onnx", "replay.jsonl", "version.json"])
+@pytest.mark.parametrize("torn", ["package/model.onnx", "replay.jsonl", "fp32.onnx", "version.json"])
 def test_a_torn_copy_is_fetched_again(run: str, tmp_path: Path, replay: Path, torn: str) -> None:
-    version = tracking.register("torn", seal(tmp_path / "one", 1), replay, run, {})
+    (tmp_path / tracking.REFERENCE).write_bytes(b"the full model")
+    version = tracking.register("torn", seal(tmp_path / "one", 1), replay, run, {}, tmp_path / tracking.REFERENCE)
     copy = tracking.fetch("torn", version)
     (copy / torn).write_bytes(b"torn")
     assert tracking.fetch("torn", version) == copy

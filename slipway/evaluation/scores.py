@@ -53,8 +53,11 @@ def against(version: str, candidate: Floats, champion: Floats) -> Champion:
 
 
 def interval(values: Floats) -> tuple[float, float]:
-    """95 % interval of a mean of values in 0..1 (Wilson's, with the variance at its largest; no width 0 at 0 or 1)."""
+    """95 % interval of a mean: Wilson's for values in 0..1, with the variance at its largest; else the normal one."""
     count, mean, z = len(values), float(values.mean()), 1.96
+    if values.min() < 0 or values.max() > 1:
+        half = z * float(values.std()) / math.sqrt(count)
+        return mean - half, mean + half
     centre = (mean + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count)) / (1 + z * z / count)
     # At 0 and 1 rounding would leave the mean itself a hair outside.

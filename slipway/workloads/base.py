@@ -3,11 +3,12 @@
 A stage calls the interface below and knows nothing of any workload. Adding one means adding a folder whose modules are
 
     params.py        MODEL: the class of its section in params.yaml
-    ingest.py        ingest(params, out, report): source -> columnar data
+    ingest.py        ingest(params, out, report): source -> columnar data; held_out(params, package, out, report): all
+                     of a source as test data, for a model made elsewhere
     expectations.py  suite, frames and plots that `validate` checks and shows
     training.py      TASK: model, samples and loss for the training loop; the metric
     export.py        EXPORT: ONNX, calibration samples, golden inputs; replay(): held-out requests; muddle(): a bad copy
-    scoring.py       samples, METRIC and other scores of an exported model, slices, examples
+    scoring.py       samples, METRIC and other scores of an exported model, slices, examples, what is unknown to it
     schema.py        ENDPOINT: the friendly endpoint of the model server
 
 `part(workload, module)` imports one of them, so that a stage loads only what it needs: a replica never imports torch.
@@ -58,6 +59,18 @@ class Query:
     """Engine inputs without the batch dimension, such as history [T] int64."""
     asked: Mapping[str, Any]
     """What the client asked beside the inputs, such as k."""
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """What some data hold and a model has never seen, such as items of the ranker."""
+
+    what: str
+    """What they are, such as items."""
+    count: int
+    of: int
+    """How many the data hold in all."""
+    examples: tuple[str, ...]
 
 
 class Task(Protocol):

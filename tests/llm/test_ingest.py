@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from slipway import artifacts
 from slipway.errors import DataError
 from slipway.workloads.llm import corpus, sources
+from slipway.workloads.llm.ingest import held_out
 from slipway.workloads.llm.tokenizer import Tokens
 from tests.llm import data
 
@@ -138,3 +139,13 @@ def test_a_tokenizer_cuts_any_text_and_gives_it_back() -> None:
         (ids,) = tokens.encode([text])
         assert tokens.text(ids) == text
         assert tokens.end not in ids
+
+
+def test_a_source_for_a_model_from_elsewhere_is_all_held_out_and_cut_by_its_tokenizer(tmp_path: Path) -> None:
+    own = data.read(data.params(data.folder(tmp_path / "own")), tmp_path / "columns")
+    data.folder(tmp_path / "other", ["three cats", "one dog", "Entirely other words"])
+    held_out(data.params(tmp_path / "other"), own.folder, tmp_path / "held", {})
+    found = corpus.load(tmp_path / "held")
+    assert [len(found.parts[name]) for name in corpus.PARTS] == [0, 0, 3]
+    text = own.tokenizer().text(found.parts["test"].tokens.tolist())
+    assert all(each in text for each in ("three cats", "one dog", "Entirely other words"))

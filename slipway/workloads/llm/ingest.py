@@ -48,8 +48,19 @@ class Sifted:
     rejects: list[dict[str, Any]] = field(default_factory=list)
 
 
-def ingest(params: Params, out: Path, report: MutableMapping[str, Any]) -> None:
+def held_out(params: Params, package: Path, out: Path, report: MutableMapping[str, Any]) -> None:
+    """Ingest a source that a model from elsewhere is scored on: every document is a test, cut by its tokenizer."""
+    tokenizer = params.ingest.tokenizer.model_copy(update={"file": str(package / TOKENIZER)})
+    own = params.ingest.model_copy(update={"tokenizer": tokenizer})
+    ingest(params.model_copy(update={"ingest": own}), out, report, (0.0, 0.0, 1.0))
+
+
+def ingest(
+    params: Params, out: Path, report: MutableMapping[str, Any], shares: tuple[float, float, float] = SHARES
+) -> None:
     """Write the tokens of `params.ingest.source` into the folder `out`, which is made; figures go to `report`.
+
+    The documents are shared out among train, validation and test by their hash.
 
     Raises:
         DataError: the source is missing or holds too little text, or the tokenizer cannot be read.
@@ -58,14 +69,14 @@ def ingest(params: Params, out: Path, report: MutableMapping[str, Any]) -> None:
     given = Tokens.load(Path(wanted.file)) if wanted.file else None
     out.mkdir(parents=True)
     sifted = Sifted()
-    texts = _sift(source, sifted)
+    texts = _sift(source, sifted, shares)
     if given is None:
         tokens = Tokens.train(texts, wanted.vocabulary)
     else:
         tokens = given
         for _ in texts:
             pass
-    _refuse_too_little(source, sifted)
+    _refuse_too_little(source, sifted, shares)
     tokens.save(out / TOKENIZER)
     counts, alphabet = _write(source, sifted, tokens, out)
     _write_rejects(sifted, out)
@@ -88,7 +99,7 @@ def ingest(params: Params, out: Path, report: MutableMapping[str, Any]) -> None:
     report["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
-def _sift(source: Source, sifted: Sifted) -> Iterator[str]:
+def _sift(source: Source, sifted: Sifted, shares: tuple[float, ...]) -> Iterator[str]:
     """Decide on every document, and yield texts of the part `train` for the tokenizer."""
     seen: set[int] = set()
     sample = min(1.0, TRAINED_BYTES / source.size_bytes)
@@ -106,7 +117,7 @@ def _sift(source: Source, sifted: Sifted) -> Iterator[str]:
             if wrong is None:
                 seen.add(key)
                 place, rest = divmod(key, 1 << 32)  # two independent draws from one hash
-                part = int(np.searchsorted(np.cumsum(SHARES)[:-1], place / (1 << 32), side="right"))
+                part = int(np.searchsorted(np.cumsum(shares)[:-1], place / (1 << 32), side="right"))
                 sifted.fates.append(part)
                 if PARTS[part] == "train" and rest < sample * (1 << 32):
                     yield text or ""
@@ -125,9 +136,9 @@ def _text(data: bytes) -> str | None:
         return None
 
 
-def _refuse_too_little(source: Source, sifted: Sifted) -> None:
+def _refuse_too_little(source: Source, sifted: Sifted, shares: tuple[float, ...]) -> None:
     for number, part in enumerate(PARTS):
-        if number not in sifted.fates:
+        if shares[number] and number not in sifted.fates:
             kept, left = sum(fate >= 0 for fate in sifted.fates), sum(sifted.dropped.values())
             raise DataError(
                 f"{source.name}: {kept} documents are too few to give each of {', '.join(PARTS)} one ({part} has none; "

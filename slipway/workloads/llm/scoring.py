@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slipway import artifacts
-from slipway.workloads.base import Array, Tensors
+from slipway.workloads.base import Array, Tensors, Unknown
 from slipway.workloads.llm import corpus
 from slipway.workloads.llm.schema import ABOUT, padded
 from slipway.workloads.llm.tokenizer import TOKENIZER, Tokens
@@ -123,6 +123,11 @@ def _cutter(data: corpus.Corpus, package: Path) -> Callable[[list[int]], list[in
 def figures(means: Mapping[str, float]) -> dict[str, float]:
     """Perplexity, of the mean log-likelihood of a token."""
     return {"perplexity": math.exp(-means["log_likelihood"])}
+
+
+def unknown(chosen: Samples, package: Path) -> list[Unknown]:
+    """Nothing: every text is bytes, and every byte is a token."""
+    return []
 
 
 def slices(chosen: Samples) -> dict[str, npt.NDArray[np.bool_]]:

@@ -58,6 +58,15 @@ def ingest(params: Params, out: Path, report: MutableMapping[str, Any]) -> None:
     report["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
+def held_out(params: Params, package: Path, out: Path, report: MutableMapping[str, Any]) -> None:
+    """Ingest a source that a model from elsewhere is scored on: no item is left out for being rare.
+
+    Users need `min_user_events`, as a history without a truth tells nothing.
+    """
+    whole = params.ingest.model_copy(update={"min_item_events": 1})
+    ingest(params.model_copy(update={"ingest": whole}), out, report)
+
+
 def _embedded(params: Params, work: Path) -> Table:
     path = work / "imports.parquet"
     imports.write(params.ingest.distributions, path)

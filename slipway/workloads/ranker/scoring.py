@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slipway import artifacts
-from slipway.workloads.base import Array, Tensors
+from slipway.workloads.base import Array, Tensors, Unknown
 from slipway.workloads.ranker import metrics, sequences
 from slipway.workloads.ranker.sequences import padded
 
@@ -93,6 +93,16 @@ def translation(data: sequences.Sequences, package: Path) -> tuple[Ints, int]:
     about = artifacts.read_json(package / "items.json")
     of = {key: at for at, key in enumerate(about["keys"], start=1)}
     return np.array([0, *(of.get(key, 0) for key in data.item_keys)], dtype=np.int64), about["max_length"]
+
+
+def unknown(chosen: Samples, package: Path) -> list[Unknown]:
+    """Items of the data that the model of `package` has never seen."""
+    ids, _ = translation(chosen.data, package)
+    missing = np.flatnonzero(ids[1:] == 0)
+    if not len(missing):
+        return []
+    keys = chosen.data.item_keys
+    return [Unknown("items", len(missing), chosen.data.item_count, tuple(keys[i] for i in missing[:5]))]
 
 
 def left_aligned(history_BT: Ints) -> Ints:
