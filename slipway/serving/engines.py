@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime
@@ -50,7 +50,14 @@ class OnnxEngine:
         return results
 
 
-def verify(engine: OnnxEngine, package: Package) -> None:
+class Runs(Protocol):
+    """What gives a model's answers."""
+
+    def run(self, inputs: Tensors, outputs: Sequence[str]) -> list[Array]:
+        """Run one batch: inputs [B, ...] by name; gives the named outputs [B, ...] in order."""
+
+
+def verify(engine: Runs, package: Package) -> None:
     """Run the golden inputs.
 
     Raises:
