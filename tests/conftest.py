@@ -1,10 +1,12 @@
-"""What all tests share: the programs that a test needs, free ports, one profile for laws."""
+"""What all tests share: the programs that a test needs, free ports, waiting, one profile for laws."""
 
 from __future__ import annotations
 
 import random
 import shutil
 import socket
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,9 +17,17 @@ import pytest
 hypothesis.settings.register_profile("slipway", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("slipway")
 
-pytest_plugins = ("tests.platforms.stand",)
+pytest_plugins = ("tests.platforms.stand", "tests.noise")
 
 ROOT = Path(__file__).parents[1]
+SLOW_S = 600
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give what is slow on a quiet machine the time that it takes on a busy one."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_S))
 
 
 def needs(*programs: str) -> pytest.MarkDecorator:
@@ -26,8 +36,16 @@ def needs(*programs: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}: run `make setup`")
 
 
+def until(true: Callable[[], object], seconds: float = 150.0) -> None:
+    """Wait for a condition, for long: how soon it comes true is the machine's affair."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"it did not come about in {seconds:g} s"
+        time.sleep(0.01)
+
+
 def free_port() -> int:
-    """Give a port of the loopback interface that nothing listens on.
+    """Give a port of the loopback interface that nothing listens on, another one each time.
 
     Below those that the kernel gives to outgoing connections: one of them could take it before the test's server does.
     """
@@ -35,7 +53,10 @@ def free_port() -> int:
         port = _PORTS.randrange(20_000, 32_000)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            if port not in _GIVEN:
+                _GIVEN.add(port)
+                return port
 
 
 _PORTS = random.Random()  # its own: a test may seed the shared one
+_GIVEN: set[int] = set()

@@ -19,7 +19,7 @@ from tests.conftest import ROOT, needs
 from tests.platforms import stand
 
 ITEMS, USERS, EVENTS = 60, 400, 12
-STARTED_BY_TEST = 480
+STARTED_BY_TEST = 900
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def write_events(path: Path) -> None:
 def recommend(params: Params, history: list[str]) -> dict[str, object]:
     url = f"http://127.0.0.1:{params.stack.gateway_port}/v1/recommend"
     body = json.dumps({"history": history, "k": 3}).encode()
-    with urllib.request.urlopen(urllib.request.Request(url, body), timeout=10) as answer:
+    with urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) as answer:
         told: dict[str, object] = json.load(answer)
     return told
 
@@ -86,6 +86,12 @@ def test_a_model_is_promoted_and_a_bad_one_is_rolled_back_through_airflow(clone:
         "canary.min_requests": 20,
         "chaos.duration_s": 3.0,
         "promote.warm_s": 1.0,
+        # Limits of time that a busy machine keeps: what is shown here is the path, and that users notice nothing.
+        "evaluate.max_latency_ms": 1000.0,
+        "slo.p99_ms": 1000.0,
+        "slo.max_error_ratio": 0.05,
+        "chaos.max_p99_ms": 3000.0,
+        "chaos.max_recovery_s": 60.0,
     }
     stand.write_params(clone / "params.yaml", stand.params(), **quick)
     params = config.load(clone / "params.yaml")

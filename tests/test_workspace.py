@@ -211,7 +211,7 @@ def test_a_process_whose_caller_was_killed_is_ended_before_its_stage_runs_again(
     )
     try:
         end_left_over("mine", "s")
-        assert left.wait(5) == -15
+        assert left.wait(30) == -15
         assert other.poll() is None
     finally:
         other.kill()

@@ -68,7 +68,7 @@ def counters(params: Params, name: str, before: Counter[str] | None = None, tota
 
     A request is counted just after its answer: wait a moment until the sum is `total` or more.
     """
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + 10
     while True:
         with urllib.request.urlopen(f"http://127.0.0.1:{params.stack.metrics_port}/metrics") as answer:
             lines = answer.read().decode().splitlines()

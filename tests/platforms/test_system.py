@@ -32,7 +32,7 @@ def test_without_apt_the_error_names_what_to_install(tmp_path: Path, monkeypatch
 def test_setup_does_nothing_and_quickly_where_all_is_there() -> None:
     before, began = system.POLICY.exists(), time.monotonic()
     system.install()
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 5.0  # a moment; apt-get alone would take longer than that
     command = [sys.executable, "-m", "slipway.platforms.local", "setup"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

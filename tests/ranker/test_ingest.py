@@ -256,7 +256,7 @@ def test_a_killed_stage_leaves_nothing_that_the_next_does_not_mend(tmp_path: Pat
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     started = command(tmp_path, csv_of(tmp_path / "e.csv", rows))
     with subprocess.Popen(started, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL) as process:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 150
         while not list(tmp_path.glob("data/.ingest.*/.work")) and time.monotonic() < until:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)

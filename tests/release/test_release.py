@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from slipway.faults.experiment import experiment, ready_replicas
 from slipway.platforms.base import Fault, Routing
 from slipway.release import history
 from slipway.release.replay import Replay
-from tests.conftest import free_port, needs
+from tests.conftest import free_port, needs, until
 from tests.release import candidates
 from tests.release.service import WORKLOAD, Service, service
 
@@ -157,7 +156,7 @@ def test_a_bad_candidate_is_rolled_back_and_no_user_notices(one: World, name: st
     assert report["steps"][-1]["verdict"] == "rollback"
     assert report["reasons"] == report["steps"][-1]["reasons"]
     assert report["replayed"]["failed"] == 0 < report["replayed"]["requests"]
-    assert report["seconds_verdict_to_zero_traffic"] < 2
+    assert report["seconds_verdict_to_zero_traffic"] < 5
     assert report["seconds_first_bad_to_zero_traffic"] > 0
     assert not [a for a in users.answers if a.due_s > zero_s and a.track == "canary"]
     assert tracking.alias(WORKLOAD, "candidate") is None, "the next release would try the refused version again"
@@ -182,7 +181,13 @@ def test_chaos_fails_when_users_notice(one: World) -> None:
 def test_an_interrupted_stall_is_healed(one: World) -> None:
     platform, limits = one.service.platform, ChaosParams(duration_s=60.0)
     (target, _) = platform.status().replicas[one.versions["one"]]
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    def interrupt() -> None:
+        until(lambda: signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL)  # before, it would end the tests
+        until(lambda: not all(replica.ready for replica in platform.status().replicas[target.version]))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
     with one.service.load(20) as users, pytest.raises(KeyboardInterrupt):
         experiment(platform, target, Fault.STALL, users, limits)
     assert len(ready_replicas(platform, target.version)) == 2
@@ -202,7 +207,7 @@ def test_a_rollback_needs_no_mlflow_and_takes_a_moment_while_the_previous_one_is
     assert "the aliases in the registry stay behind" in done.stderr
     report = one.service.report("rollback")
     assert (report["replaced"], report["aliases"]) == (second, False)
-    assert report["seconds_to_route"] < 2
+    assert report["seconds_to_route"] < 5
     last = history.events(WORKLOAD)[-1]
     assert (last["event"], last["version"], last["rolled_back"]) == ("rollback", first, second)
     # MLflow is back: a second call has nothing to do but to let the aliases follow.
@@ -227,18 +232,18 @@ def test_a_rollback_goes_to_a_version_that_is_named(one: World) -> None:
 def test_a_rollback_by_hand_ends_a_canary_that_runs(one: World) -> None:
     first, second = one.versions["one"], one.versions["two"]
     one.service.step("deploy", version=second)
-    ends: list[BaseException] = []
+    canary = one.service.params.canary.model_copy(update={"interval_s": 120.0})
+    long, ends = one.service.params.model_copy(update={"canary": canary}), list[BaseException]()
 
-    def canary() -> None:
+    def climb() -> None:
         try:
-            one.service.step("canary")
+            one.service.step("canary", long)
         except CanaryRejectedError as error:
             ends.append(error)
 
-    thread = threading.Thread(target=canary)
+    thread = threading.Thread(target=climb)
     thread.start()
-    while one.routing.canary_weight == 0:
-        time.sleep(0.05)
+    until(lambda: one.routing.canary_weight > 0)
     with pytest.raises(TransientError, match="another release is at work"):
         one.service.step("deploy", version=second)
     assert one.service.step("rollback")["canary"] == second

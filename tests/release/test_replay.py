@@ -16,7 +16,7 @@ from aiohttp import web
 
 from slipway.errors import DataError
 from slipway.release.replay import FEEDBACK_PATH, Replay, Sample, quantile, read
-from tests.conftest import free_port
+from tests.conftest import free_port, until
 
 SAMPLES: list[Sample] = [
     {"user": f"u{n}", "request": {"user": f"u{n}", "history": ["a"]}, "truth": f"t{n}"} for n in range(20)
@@ -74,11 +74,14 @@ def server() -> Iterator[Server]:
 
 
 def test_it_keeps_its_rate_and_feeds_back_what_truly_came_next(server: Server) -> None:
-    with Replay(server.url, "/ask", SAMPLES, rate_rps=200, feedback_s=0.2) as traffic:
-        time.sleep(1.5)
+    with Replay(server.url, "/ask", SAMPLES, rate_rps=100, feedback_s=0.2) as traffic:
+        until(lambda: len(traffic.answers) >= 200)
     figures = traffic.figures()
     print(figures)
-    assert 200 < figures.requests < 400
+    assert figures.requests / max(answer.due_s for answer in traffic.answers) == pytest.approx(100, rel=0.2)
+    lags_ms = sorted(answer.lag_ms for answer in traffic.answers)
+    assert lags_ms[0] >= 0, "sent before it was due"
+    assert quantile(lags_ms, 0.5) < 250, "it does not keep up: half of the requests, not those of a moment, were late"
     assert figures.failed == traffic.feedback_failed == 0
     assert len(server.feedback) == figures.requests
     assert {choice["item"] for choice in server.feedback} <= {sample["truth"] for sample in SAMPLES}
@@ -86,7 +89,7 @@ def test_it_keeps_its_rate_and_feeds_back_what_truly_came_next(server: Server) -
 
 def test_every_round_through_the_samples_is_made_by_new_users(server: Server) -> None:
     with Replay(server.url, "/ask", SAMPLES, rate_rps=200) as traffic:
-        time.sleep(0.5)
+        until(lambda: len(traffic.answers) > 2 * len(SAMPLES))
     users = [user for user, _ in server.requests]
     assert len(users) == len(set(users)) == traffic.figures().requests > len(SAMPLES)
     assert all(request["user"] == user for user, request in server.requests)
@@ -94,11 +97,12 @@ def test_every_round_through_the_samples_is_made_by_new_users(server: Server) ->
 
 def test_a_stall_is_charged_to_every_request_that_was_due_meanwhile(server: Server) -> None:
     with Replay(server.url, "/ask", SAMPLES, rate_rps=100) as traffic:
-        time.sleep(0.5)
+        until(lambda: len(traffic.answers) > 20)
         server.loop.call_soon_threadsafe(server.free.clear)
         time.sleep(0.5)
         server.loop.call_soon_threadsafe(server.free.set)
-        time.sleep(0.5)
+        served = len(traffic.answers)
+        until(lambda: len(traffic.answers) > served + 50)
     figures = traffic.figures()
     print(figures)
     assert figures.failed == 0
@@ -109,10 +113,10 @@ def test_a_stall_is_charged_to_every_request_that_was_due_meanwhile(server: Serv
 def test_what_is_not_an_answer_counts_as_failed(server: Server) -> None:
     server.status = 503
     with Replay(server.url, "/ask", SAMPLES, rate_rps=100) as traffic:
-        time.sleep(0.3)
+        until(lambda: len(traffic.answers) > 10)
     assert traffic.figures().failed == traffic.figures().requests > 0
     with Replay(f"http://127.0.0.1:{free_port()}", "/ask", SAMPLES, rate_rps=100) as nobody:
-        time.sleep(0.3)
+        until(lambda: len(nobody.answers) > 10)
     assert nobody.figures().failed_ratio == 1.0
     assert "Cannot connect" in nobody.answers[0].error, nobody.answers[0]
 

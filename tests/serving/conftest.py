@@ -57,7 +57,7 @@ class Replica:
     def log(self) -> str:
         return self._log.read_text()
 
-    def call(self, method: str, path: str, body: bytes | Any = None, timeout: float = 10.0) -> Reply:
+    def call(self, method: str, path: str, body: bytes | Any = None, timeout: float = 30.0) -> Reply:
         """Send one request on a connection of its own."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
@@ -84,7 +84,7 @@ class Replica:
         return 0.0
 
     def wait_until_ready(self) -> None:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 90
         while time.monotonic() < end and self.process.poll() is None:
             with suppress(OSError):
                 if self.get("/v2/health/ready").status == 200:
@@ -95,7 +95,7 @@ class Replica:
     def stop(self) -> int:
         """SIGTERM, and the exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(15)
+        return self.process.wait(60)
 
     def close(self) -> None:
         if self.process.poll() is None:

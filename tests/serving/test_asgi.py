@@ -107,10 +107,10 @@ def test_a_client_that_hangs_up_withdraws_its_request() -> None:
         serving = asyncio.create_task(server.serve([listener]))
         _, writer = await asyncio.open_connection(*listener.getsockname())
         writer.write(head(len(BODY)) + BODY)
-        await asyncio.wait_for(asked.wait(), 5)
+        await asyncio.wait_for(asked.wait(), 30)
         writer.close()
-        await asyncio.wait_for(withdrawn.wait(), 5)
+        await asyncio.wait_for(withdrawn.wait(), 30)
         server.should_exit = True
-        await asyncio.wait_for(serving, 5)
+        await asyncio.wait_for(serving, 30)
 
     asyncio.run(exchange())

@@ -104,24 +104,34 @@ def test_what_comes_while_the_engine_is_busy_runs_together_next() -> None:
     assert gate.batches == [[1], [2, 3, 4, 5], [6, 7]]
 
 
-def test_an_idle_engine_waits_for_company_if_told_to_but_not_for_long() -> None:
+def test_an_idle_engine_waits_for_company_if_told_to() -> None:
     gate = Gate()
 
     async def test(batcher: Batcher[int, int]) -> None:
         first = submit(batcher, 1)
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
         assert gate.batches == []
         assert list(await asyncio.gather(first, submit(batcher, 2))) == [[2], [4]]
 
-    run(test, gate, max_wait_s=0.2)
+    run(test, gate, max_batch=2, max_wait_s=60)
     assert gate.batches == [[1, 2]]
+
+
+def test_an_idle_engine_does_not_wait_for_long() -> None:
+    gate = Gate()
+
+    async def test(batcher: Batcher[int, int]) -> None:
+        assert await submit(batcher, 1) == [2]
+
+    run(test, gate, max_wait_s=0.1)
+    assert gate.batches == [[1]]
 
 
 def test_a_full_batch_waits_no_longer() -> None:
     gate = Gate()
 
     async def test(batcher: Batcher[int, int]) -> None:
-        await asyncio.wait_for(asyncio.gather(*(batcher.submit([n]) for n in range(4))), 5)
+        await asyncio.wait_for(asyncio.gather(*(batcher.submit([n]) for n in range(4))), 15)
 
     run(test, gate, max_wait_s=60)
     assert gate.batches == [[0, 1, 2, 3]]

@@ -23,6 +23,7 @@ from slipway import artifacts
 from slipway.errors import CheckpointError, TransientError
 from slipway.training import checkpoints, loop, order, processes, snapshots, trainer
 from slipway.workloads.ranker.training import RankerTask
+from tests.conftest import until
 from tests.training.test_loop import MODEL, job, weights
 
 
@@ -63,7 +64,7 @@ def test_the_training_does_not_wait_for_the_disk_but_a_second_checkpoint_does(tm
 
     def slow(path: Path) -> None:
         running.append(threading.active_count())
-        free.wait(20)
+        free.wait(60)
         path.write_bytes(b"whole")
 
     one = writer(tmp_path)
@@ -72,6 +73,7 @@ def test_the_training_does_not_wait_for_the_disk_but_a_second_checkpoint_does(tm
     assert checkpoints.newest(tmp_path / "elsewhere") is None
     assert not list(tmp_path.glob("step-*"))
     second = threading.Thread(target=one.write, args=(2, {"a": slow}))
+    until(lambda: running)
     second.start()
     time.sleep(0.2)
     assert len(running) == 1, "two checkpoints are written at once"
@@ -121,7 +123,7 @@ def training(one: loop.Job) -> Iterator[Future[loop.State]]:
 
 def rank(number: int, after: int = 0) -> int:
     """Wait for a process of the training and give its id, another one than `after`."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while time.monotonic() < deadline:
         for path in Path("/proc").glob("[0-9]*/stat"):
             try:
@@ -137,9 +139,7 @@ def rank(number: int, after: int = 0) -> int:
 
 
 def wait_for(folder: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob("step-*"))) < count and time.monotonic() < deadline:
-        time.sleep(0.005)
+    until(lambda: len(list(folder.glob("step-*"))) >= count)
 
 
 @pytest.mark.slow

@@ -24,12 +24,14 @@ def test_a_server_that_never_answers_costs_nothing_but_a_bounded_wait_at_the_end
         began = time.monotonic()
         for step in range(10 * live.QUEUE):
             told.put("live", step, 1, {"loss": 1.0})
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < live.TIMEOUT_S / 2, "it waited for a call"
         assert len(told._waiting) <= live.QUEUE
-        time.sleep(live.EVERY_S + 0.5)  # it is in the middle of its call
+        silent.settimeout(60)
+        caller, _ = silent.accept()  # it is in the middle of its call
         began = time.monotonic()
         told.close()
-        assert time.monotonic() - began < live.END_S + 1
+        with caller:
+            assert time.monotonic() - began < live.END_S + 3, "it waited for the whole of a call"
 
 
 def test_without_a_server_it_is_told_once_and_the_end_waits_for_nothing(
@@ -41,7 +43,7 @@ def test_without_a_server_it_is_told_once_and_the_end_waits_for_nothing(
     told.put("live", 1, 1, {"loss": 1.0})
     began = time.monotonic()
     told.close()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < live.END_S - 1
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] != []
     nobody = live.Live("")
     nobody.put("live", 1, 1, {"loss": 1.0})

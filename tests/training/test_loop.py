@@ -43,7 +43,7 @@ def test_a_run_that_was_killed_ends_bit_for_bit_like_one_that_was_not(tmp_path: 
     killed = replace(whole, checkpoints=tmp_path / "killed", out=tmp_path / "out")
     stage = multiprocessing.get_context("spawn").Process(target=loop.train, args=(killed,))
     stage.start()
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while len(list(killed.checkpoints.glob("step-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(stage.pid or 0, signal.SIGKILL)
@@ -85,14 +85,14 @@ def test_a_run_has_another_name_when_data_or_parameters_change(tmp_path: Path) -
 def _die(rank: int, world_size: int, meeting: str) -> str:
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)
+    time.sleep(600)
     return "never"
 
 
 def _fail(rank: int, world_size: int, meeting: str) -> str:
     if rank == 1:
         raise SlipwayError("training: rank 1 is at fault")
-    time.sleep(60)
+    time.sleep(600)
     return "never"
 
 
@@ -102,4 +102,4 @@ def test_a_killed_rank_ends_the_others_and_is_told(capfd: pytest.CaptureFixture[
         processes.run(2, _die)
     with pytest.raises(SlipwayError, match="rank 1 is at fault"):
         processes.run(2, _fail)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 120, "the others were waited for"

@@ -86,29 +86,50 @@ def test_shapes_beyond_the_limit_are_estimated_by_their_size(monkeypatch: pytest
 def test_measuring_the_peak_is_short_and_leaves_the_generator_alone() -> None:
     state, began = torch.get_rng_state(), time.perf_counter()
     assert 1e8 < flops.peak("fp32", CPU) < 1e14
-    assert time.perf_counter() - began < 2  # 0.2 on a quiet machine
+    assert time.perf_counter() - began < 10  # 0.2 on a quiet machine
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_sample_tells_of_the_steps_since_the_one_before() -> None:
+def two_samples() -> tuple[list[Sample], float, float, float]:
+    """Two samples of two steps each, and, by a clock of one's own, what the first one took.
+
+    Returns: samples; seconds that the first two steps waited for data; seconds that they took, at least and at most.
+    """
+    waited_s, before = 0.0, time.perf_counter()
     told_by, told = meter()
+    begun = time.perf_counter()
     for loss in (1.0, 3.0):
         with watch.part("data"):
-            time.sleep(0.05)
+            began = time.perf_counter()
+            time.sleep(0.03)
+            waited_s += time.perf_counter() - began
         watch.sent(1000)
         told_by.step(loss, units=64, norm=loss, rate=0.1)
     watch.gauge("workers", 3)
+    least_s = time.perf_counter() - begun
     told_by.sample()
+    most_s = time.perf_counter() - before
     told_by.step(math.nan, units=64, norm=math.inf, rate=0.1, scale=1024.0, skipped=True)
     told_by.step(5.0, units=64, norm=2.0, rate=0.1, scale=1024.0)
     told_by.sample()
-    first, second = told[0].figures, told[-1].figures
-    assert (told[0].step, told[-1].step) == (2, 4)
+    return told, waited_s, least_s, most_s
+
+
+def test_a_sample_tells_of_the_steps_since_the_one_before() -> None:
+    for _ in range(20):
+        told, waited_s, least_s, most_s = two_samples()
+        if len(told) == 2:  # else the machine was so slow that the meter took samples of its own, after 0.25 s
+            break
+    first, second = (sample.figures for sample in told)
+    assert [sample.step for sample in told] == [2, 4]
     assert (first["loss"], first["grad_norm"], first["sent_bytes_per_step"]) == (2.0, 3.0, 1000)
-    assert first["data_share"] > 0.9
-    assert 128 / 0.3 < first["tokens_per_s"] < 128 / 0.1
+    # A stall of the machine shows on both clocks. Figures have six digits.
+    assert waited_s / most_s <= first["data_share"] * 1.0001 <= 1.0001
+    assert 128 / most_s <= first["tokens_per_s"] * 1.0001
+    assert first["tokens_per_s"] <= 128 / least_s * 1.0001
     assert "loss_scale" not in first
     assert (second["loss"], second["skipped_steps"], second["loss_scale"], second["workers"]) == (5.0, 1, 1024, 3)
+    assert second["data_share"] == 0
     assert "grad_norm" not in second, "an overflow's infinite norm is no figure"
 
 
@@ -130,11 +151,15 @@ def test_what_a_run_that_goes_on_tells_begins_where_it_stopped() -> None:
     stopped = one.state_dict()
     time.sleep(0.2)
     two, told = meter()
+    began = time.perf_counter()
     two.load_state_dict(stopped)
     two.step(2.0, units=10, norm=1.0, rate=0.1)
     two.sample()
+    trained_s = time.perf_counter() - began
     assert [sample.step for sample in two.samples] == [1, 2]
-    assert told[0].seconds < stopped["totals"]["seconds"] + 0.15, "the pause between two runs is no training"
+    assert told[0].seconds <= stopped["totals"]["seconds"] + trained_s + 0.001, (
+        "the pause between two runs is no training"
+    )
     assert two.totals()["units"] == 20
 
 

@@ -10,26 +10,31 @@ from slipway.training import watch
 
 
 def test_time_inside_of_an_inner_part_counts_once() -> None:
-    before = watch.spent()
+    before, began = watch.spent(), time.perf_counter()
     with watch.part("backward"):
         time.sleep(0.02)
         for _ in range(2):
             with watch.part("communication"):
                 time.sleep(0.05)
+    whole = time.perf_counter() - began
     took = {name: seconds - before[name] for name, seconds in watch.spent().items()}
-    assert 0.1 <= took["communication"] < 0.2
-    assert 0.02 <= took["backward"] < 0.08
+    assert took["communication"] >= 0.1
+    assert took["backward"] >= 0.02
+    assert took["backward"] + took["communication"] <= whole + 1e-6, "some of it counts twice"
     assert took["forward"] == 0.0
 
 
 def test_a_part_that_raises_is_closed() -> None:
-    before = watch.spent()
+    before, began = watch.spent(), time.perf_counter()
     with pytest.raises(ValueError, match="inside"), watch.part("data"), watch.part("forward"):
         raise ValueError("inside")
+    raised_s = time.perf_counter() - began
+    time.sleep(0.05)
     with watch.part("optimizer"):
         pass
-    assert watch.spent()["data"] - before["data"] < 0.01
-    assert watch.spent()["optimizer"] > before["optimizer"]
+    took = {name: seconds - before[name] for name, seconds in watch.spent().items()}
+    assert 0 < took["data"] + took["forward"] <= raised_s + 1e-6
+    assert took["optimizer"] > 0
 
 
 def test_a_part_that_is_not_known_is_refused() -> None:
