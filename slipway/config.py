@@ -58,11 +58,33 @@ class TokenizerParams(Section):
     """Path of a tokenizer.json that is used instead; empty: one is trained."""
 
 
+class ImagesParams(Section):
+    """How pictures are read and parted; tables and texts have none."""
+
+    image_size: Annotated[int, Field(ge=8, le=1024)] | Literal["auto"] = "auto"
+    """Side of the square that the model sees (px, 8..1024), or auto: what the source's pictures have, 32 to 160."""
+    validation_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    """Pictures for validation, by hash of their content, where the source parts none (share, over 0, under 0.5)."""
+    test_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    """Pictures for the test, by hash of their content, where the source parts none (share, over 0, under 0.5)."""
+    min_side: Count = 8
+    """Pictures whose shorter side is less are left out (px, 1 or more)."""
+    max_megapixels: Annotated[float, Field(gt=0, le=89)] = 64.0
+    """Pictures with more are left out before they are decoded (million pixels, over 0, at most 89)."""
+    max_mb: Annotated[float, Field(gt=0, le=1024)] = 32.0
+    """Larger files are left out before they are read (MB, over 0, at most 1024)."""
+    near_bits: Annotated[int, Field(ge=0, le=16)] = 6
+    """Bits of 64 in which the perceptual hashes of near duplicates may differ (0..16)."""
+    leaks: Literal["quarantine", "keep"] = "quarantine"
+    """Training pictures that nearly repeat held-out ones: quarantine (left out), or keep, for `validate` to judge."""
+
+
 class IngestParams(Section):
     """Where the data come from and which of them are kept."""
 
     source: Annotated[str, Field(min_length=1), turn()] = "embedded"
-    """A table (ranker; also a URL), a text file or a folder of them (llm), or `embedded`: what is there."""
+    """A table (ranker; also a URL), a text file or folder (llm), a folder or archive of class folders (classifier), or
+    `embedded`: what is there."""
     format: Literal["auto", "csv", "tsv", "parquet", "text"] = "auto"
     """Form of the source; auto: by its ending (text: columns parted by blanks, no header)."""
     columns: Columns = Columns()
@@ -75,6 +97,8 @@ class IngestParams(Section):
     """Memory that reading and sorting may use (MB, 128 or more); what does not fit goes to disk."""
     tokenizer: TokenizerParams = TokenizerParams()
     """How texts are cut into tokens; tables have none."""
+    images: ImagesParams = ImagesParams()
+    """How pictures are read."""
     distributions: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("pandas",)
     """Installed Python distributions that the ranker's embedded data are mined from."""
 

@@ -23,6 +23,22 @@ class DataError(SlipwayError):
     """The source data cannot be read, or broke a hard expectation."""
 
 
+class PictureError(DataError):
+    """Bytes that are no usable picture.
+
+    Args:
+        message: what is wrong with them.
+        fault: the same in one word, such as truncated.
+    """
+
+    def __init__(self, message: str, fault: str) -> None:
+        super().__init__(message)
+        self.fault = fault
+
+    def __reduce__(self) -> tuple[type[PictureError], tuple[str, str]]:
+        return type(self), (str(self), self.fault)
+
+
 class CheckpointError(SlipwayError):
     """A training checkpoint is torn or belongs to another model."""
 

@@ -43,7 +43,7 @@ def test_every_value_of_the_file_bears_a_comment() -> None:
         ("canary.step_weights", [0.5, 0.2], "canary: Value error, step_weights must rise"),
         ("ranker.heads", 3, "ranker: Value error, width must be a multiple of heads, got 128 and 3"),
         ("stack.airflow_port", 18080, "stack: Value error, every port must be given once only"),
-        ("workload", "rnaker", "workload: no workload 'rnaker'; there are: llm, ranker"),
+        ("workload", "rnaker", "workload: no workload 'rnaker'; there are: classifier, llm, ranker"),
         ("compress.max_drop", 1.5, "compress.max_drop: Input should be less than or equal to 1 (got 1.5)"),
         ("model", {}, "model: unknown key"),
     ],
