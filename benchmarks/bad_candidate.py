@@ -41,7 +41,8 @@ def permute(folder: Path, seed: int = 0) -> None:
     sealed = package.load(folder)
     golden = sealed.golden()
     part(sealed.workload, "export").muddle(folder, random.Random(seed))
-    package.seal(folder, sealed.workload, sealed.precision, sealed.inputs, sealed.outputs, golden)
+    form = (sealed.workload, sealed.precision, sealed.inputs, sealed.outputs)
+    package.seal(folder, *form, golden, recipe=sealed.recipe, engine=sealed.engine)
 
 
 def main() -> int:

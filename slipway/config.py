@@ -248,17 +248,36 @@ class TrainParams(Section):
         return self
 
 
-class CompressParams(Section):
-    """Compression and the gate that a compressed model has to pass."""
+RECIPE = r"^(int8|qat|bf16|(prune|distill)-([5-9]|[1-8][0-9]|9[0-5])(-int8|-qat)?)$"
+"""Names of recipes; slipway/compression/recipes.py says what they mean."""
 
-    int8: Annotated[bool, turn()] = True
-    """Try INT8 (static, per channel, calibrated); off: the FP32 export is served."""
-    calibration_samples: Count = 512
-    """Training samples that the INT8 ranges are read from (1 or more)."""
+
+class CompressParams(Section):
+    """Compression: a small search among recipes, and the gate that a compressed model has to pass."""
+
+    recipes: Annotated[
+        tuple[Annotated[str, Field(pattern=RECIPE)], ...],
+        Field(strict=False, json_schema_extra={"form": True, "examples": ["int8", "bf16", "qat", "prune-50-qat"]}),
+    ] = ("int8", "bf16")
+    """What is tried beside FP32: int8 (calibrated), qat (INT8, trained), bf16, prune-30 (channels less, in percent),
+    distill-30 (pruned, taught by the full model), prune-50-qat, distill-50-int8 and so on; none: FP32 is served."""
+    engine: Literal["auto", "onnxruntime", "openvino", "cuda", "tensorrt", "npu"] = "auto"
+    """What runs the model: auto: the fastest of those that are here, by measurement; or one by its name."""
     max_drop: Share = 0.02
-    """Largest loss of the workload's metric on validation data that INT8 may cost, relative (0..1)."""
+    """Largest loss of the workload's metric on validation data, relative (0..1): overall a smaller one must be shown,
+    and no slice may be shown to lose more."""
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
+    """How sure the gate has to be (0.5..1, 1 excluded)."""
+    min_overlap: Share = 0.9
+    """Least share of FP32's ten best answers that must be among the ten best (0..1); of workloads that rank alone."""
     min_speedup: Positive = 1.05
-    """Least ratio of FP32 to INT8 latency, one thread, that makes INT8 worth it (over 0)."""
+    """Least ratio of the latency of FP32, in its fastest engine, to that of a compressed model, one thread (over 0)."""
+    calibration_samples: Count = 512
+    """Training samples that INT8 ranges are read from (1 or more)."""
+    finetune_epochs: Count = 3
+    """Passes over the training data with which qat and each step of prune and distill are trained (1 or more)."""
+    finetune_rate: Positive = 0.1
+    """Peak learning rate of such a pass, as a share of train.learning_rate (over 0)."""
 
 
 class EvaluateParams(Section):
@@ -456,13 +475,29 @@ def parse(raw: Mapping[str, Any], path: Path = PARAMS_FILE) -> Params:
     sections = {name: check(_section_of(name), raw.get(name) or {}, path, name) for name in known}
     rest = {key: value for key, value in raw.items() if key not in known}
     params: Params = check(Params, rest, path)
+    _offered(params, path)
     return params.model_copy(update={"model": sections[workload]})
 
 
+def _offered(params: Params, path: Path) -> None:
+    """Refuse a recipe that the workload does not offer, before hours of training and not after."""
+    offers: tuple[str, ...] = _part_of(params.workload).TECHNIQUES
+    for recipe in params.compress.recipes:
+        wanted = [step for step in recipe.split("-") if not step.isdigit()]
+        if not set(wanted) <= set(offers):
+            raise ParamsError(
+                f"{path}: compress.recipes: workload {params.workload} offers no {recipe}; it has: {', '.join(offers)}"
+            )
+
+
 def _section_of(workload: str) -> type[Section]:
-    # The one look upward: a workload's section lives with the workload, so that adding one touches no other file.
-    section: type[Section] = importlib.import_module(f"slipway.workloads.{workload}.params").MODEL
+    section: type[Section] = _part_of(workload).MODEL
     return section
+
+
+def _part_of(workload: str) -> Any:
+    # The one look upward: a workload's section lives with the workload, so that adding one touches no other file.
+    return importlib.import_module(f"slipway.workloads.{workload}.params")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A model package: the folder that the registry keeps and a replica loads; whole and unchanged, or refused.
 
-    package.json    what it is: workload, precision, signature, and the SHA-256 of every other file; written last
-    model.onnx      the model, which ONNX Runtime runs
+    package.json    what it is: workload, recipe, engine, signature, and the SHA-256 of every other file; written last
+    model.onnx      the model, as ONNX whatever the engine
     golden.npz      golden inputs and outputs, `input.NAME` and `output.NAME`: what the model must answer
     ...             whatever the workload's endpoint reads, such as the ranker's items.json
 
@@ -21,6 +21,7 @@ from slipway import artifacts
 from slipway.errors import DataError, ModelError
 
 MANIFEST, MODEL, GOLDEN = "package.json", "model.onnx", "golden.npz"
+ENGINE = "onnxruntime"  # of a package that names none: one from before there was a choice
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -43,9 +44,13 @@ class Package:
     folder: Path
     workload: str
     precision: str
-    """fp32 or int8."""
+    """Arithmetic of its products: fp32, bf16 or int8."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    recipe: str = ""
+    """How it was compressed, such as int8 or prune-50-qat; fp32 for the model as it was trained."""
+    engine: str = ENGINE
+    """The engine of `slipway.serving.engines` that was the fastest for it where it was sealed."""
 
     def golden(self) -> tuple[Arrays, Arrays]:
         """Read the golden inputs and the outputs that the model must give for them."""
@@ -63,6 +68,8 @@ def seal(
     inputs: tuple[TensorSpec, ...],
     outputs: tuple[TensorSpec, ...],
     golden: tuple[Arrays, Arrays],
+    recipe: str = "",
+    engine: str = ENGINE,
 ) -> None:
     """Write the golden tensors and, last, the manifest that makes `folder` a package."""
     named = {f"input.{k}": v for k, v in golden[0].items()} | {f"output.{k}": v for k, v in golden[1].items()}
@@ -73,6 +80,8 @@ def seal(
         {
             "workload": workload,
             "precision": precision,
+            "recipe": recipe or precision,
+            "engine": engine,
             "inputs": [vars(spec) for spec in inputs],
             "outputs": [vars(spec) for spec in outputs],
             "files": {str(path.relative_to(folder)): artifacts.sha256(path) for path in files},
@@ -90,7 +99,13 @@ def load(folder: Path) -> Package:
         manifest = artifacts.read_json(folder / MANIFEST)
         files = dict(manifest["files"])
         package = Package(
-            folder, manifest["workload"], manifest["precision"], _specs(manifest["inputs"]), _specs(manifest["outputs"])
+            folder,
+            manifest["workload"],
+            manifest["precision"],
+            _specs(manifest["inputs"]),
+            _specs(manifest["outputs"]),
+            manifest.get("recipe", manifest["precision"]),
+            manifest.get("engine", ENGINE),
         )
     except (DataError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{folder}: not a model package ({error})") from error

@@ -6,6 +6,7 @@
     tags        git commit, workload, hash of the data and of dvc.lock, version, and what became of every stage: done,
                 failed, or restored (its results came from DVC's cache, and it did not run)
     artifacts   reports/ (JSON, HTML, traces), params.yaml, dvc.lock
+    children    a run for each variant that `compress` tried: its figures, why it is served or not, its plots
 
 It is read from files, not reported by the stages, because a stage that DVC restores from its cache does not run.
 Filling it again changes nothing. As a command, `python -m slipway.record`, it records the workspace it stands in.
@@ -94,6 +95,7 @@ def record(run: str, folder: Path, succeeded: bool, started: datetime | None = N
     with store.translated(f"run {run}"):
         _log(client, mlflow_run, _flat(params), reports, tags)
         _attach(client, mlflow_run, folder)
+        _variants(client, run, mlflow_run, reports.get("compress", {}), folder)
         client.set_terminated(mlflow_run, "FINISHED" if succeeded else "FAILED")
     return mlflow_run
 
@@ -176,6 +178,29 @@ def _attach(client: Any, mlflow_run: str, folder: Path) -> None:
     for name in ("params.yaml", "dvc.lock"):
         if (folder / name).exists():
             client.log_artifact(mlflow_run, str(folder / name))
+
+
+def _variants(client: Any, run: str, parent: str, report: Mapping[str, Any], folder: Path) -> None:
+    """Give every variant of reports/compress.json a run of its own under the pipeline's."""
+    from mlflow.entities import Metric, RunTag
+
+    choice = report.get("choice", {})
+    for name, variant in report.get("variants", {}).items():
+        child = store.start(f"{run}/{name}", {"mlflow.parentRunId": parent}, client)
+        served = name == choice.get("recipe")
+        tags = {
+            "recipe": name,
+            "engine": variant["engine"],
+            "precision": variant["precision"],
+            "front": "yes" if name in report["front"] else "no",
+            "served": "yes" if served else "no",
+            "reason": choice["reason"] if served else choice["refused"].get(name, ""),
+        }
+        figures = [Metric(*figure) for figure in _figures("variant", {**variant, "started": report["started"]})]
+        client.log_batch(child, metrics=figures, tags=[RunTag(key, value[:SHOWN]) for key, value in tags.items()])
+        for plot in sorted((folder / "reports" / "compress").glob(f"{name}.*.png")):
+            client.log_artifact(child, str(plot), "plots")
+        client.set_terminated(child, "FINISHED")
 
 
 def main() -> None:

@@ -195,7 +195,8 @@ def register(
             number, expected = str(version.version), {key: version.tags[key] for key in PARTS if key in version.tags}
         else:
             signature = {"inputs": [vars(s) for s in loaded.inputs], "outputs": [vars(s) for s in loaded.outputs]}
-            facts = {**lineage, **expected, "precision": loaded.precision, "signature": json.dumps(signature)}
+            form = {"precision": loaded.precision, "recipe": loaded.recipe, "engine": loaded.engine}
+            facts = {**lineage, **expected, **form, "signature": json.dumps(signature)}
             client.log_artifacts(run, str(sealed), f"{_under(expected[CONTENT_TAG])}/{PACKAGE}")
             for path in parts.values():
                 if path.is_file():

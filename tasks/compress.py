@@ -1,21 +1,23 @@
-"""Export the trained model to ONNX, try INT8, and seal the one that passes the gate as a package.
+"""Search among recipes for the fastest model that loses little, and seal it as a package.
 
-Reads data/ingest and models/trained; writes models/export (fp32.onnx and, if tried, int8.onnx), models/package and
-reports/compress.json: sizes, latencies (one thread, medians, taken in turn), the metric of both, and the decision.
+Reads data/ingest and models/trained; writes models/export (fp32.onnx and one file a recipe), models/package,
+reports/compress.json (of each variant: quality overall and by slice, latency, size, peak memory; the Pareto front; what
+was chosen and why the others were not), reports/compress.html, and the variants' plots in reports/compress/.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from slipway import artifacts, package, stage
-from slipway.compression import engine, gate
+from slipway.compression import build, page, pareto, recipes, search
+from slipway.compression.pareto import Choice, Variant
+from slipway.compression.recipes import Recipe
+from slipway.compression.search import Form
 from slipway.config import Params
 from slipway.progress import Progress
 from slipway.stage import Report
@@ -27,75 +29,103 @@ DATA, TRAINED, EXPORT, PACKAGE = (
     Path("models/export"),
     Path("models/package"),
 )
-BATCHES = (1, 8)
-TIMED = 200  # requests of each batch size that are timed
+PAGE, PLOTS = Path("reports/compress.html"), Path("reports/compress")
 SEED = 0  # of all samples that are drawn here
-HELD_OUT = 4096  # validation samples that the metric is read from
 
 
 def run(params: Params, report: Report) -> None:
-    """Export, quantize, compare, decide, seal."""
-    export = part(params.workload, "export").EXPORT(DATA, TRAINED)
-    with Progress("compress", 4, "steps") as progress:
-        models = {"fp32": export.fp32()}
-        if params.compress.int8:
-            probe, layers = export.probe()
-            samples = list(export.calibration(params.compress.calibration_samples, SEED))
-            models["int8"] = export.int8(engine.ranges(engine.load(probe, "probe"), layers, samples))
+    """Build, time, score, choose, seal."""
+    names = search.usable(params.compress.engine)
+    export, scoring = part(params.workload, "export").EXPORT(DATA, TRAINED), part(params.workload, "scoring")
+    tried, left_out = _tried(params, names)
+    with Progress("compress", 2 * len(tried) + 4, "steps") as progress:
+        models: dict[Recipe, bytes] = {recipes.FULL: export.fp32()}
+        for recipe in tried:
+            models[recipe] = build.build(recipe, export, params.compress.calibration_samples, SEED)
+            progress.advance(step=recipe.name)
         with artifacts.writing(EXPORT) as beside:
             beside.mkdir()
-            for precision, model in models.items():
-                (beside / f"{precision}.onnx").write_bytes(model)
-        progress.advance(step="exported")
-        runs = {precision: engine.load(model, f"{precision}.onnx") for precision, model in models.items()}
-        latency = _latency(export, runs)
+            for recipe, model in models.items():
+                (beside / f"{recipe.name}.onnx").write_bytes(model)
+        found = search.forms(models, names, export, SEED)
         progress.advance(step="timed")
         with artifacts.writing(PACKAGE) as beside:
             beside.mkdir()
             export.files(beside)
-            metric = _metric(params, runs, beside)
-            progress.advance(step="scored")
-            chosen = _choose(params, metric, latency)
-            golden = export.golden()
-            names = [spec.name for spec in export.outputs]
-            answer = dict(zip(names, runs[chosen.precision](names, golden), strict=True))
-            (beside / package.MODEL).write_bytes(models[chosen.precision])
-            package.seal(
-                beside, params.workload, chosen.precision, export.inputs, export.outputs, (dict(golden), answer)
-            )
+            judge = search.Judge(scoring, DATA, beside, params.compress, SEED)
+            judge.refer(search.reference(found))
+            progress.advance(step="reference")
+            inputs, variants = export.requests(max(search.BATCHES), 1, SEED)[0], []
+            for form in search.fastest(found):
+                variants.append(judge.variant(form, found, inputs))
+                progress.advance(step=form.recipe.name)
+            choice = pareto.choose(variants, params.compress.min_speedup)
+            _seal(params, export, next(f for f in search.fastest(found) if f.recipe.name == choice.recipe), beside)
         progress.advance(step="sealed")
-    report["size_bytes"] = {precision: len(model) for precision, model in models.items()}
-    report["latency_ms"] = latency
-    report["metric"] = {"name": part(params.workload, "scoring").METRIC, **metric}
-    report["decision"] = asdict(chosen)
-    if chosen.precision == "fp32":
-        print(f"compress: FP32 is served: {chosen.reason}", file=sys.stderr)
+    told = {
+        "workload": params.workload,
+        "metric": scoring.METRIC,
+        "samples": len(judge.samples),
+        "max_drop": params.compress.max_drop,
+        **_told(variants, choice, found),
+        "left_out": left_out,
+    }
+    for key, value in told.items():
+        report[key] = value
+    page.write(PAGE, told)
+    with artifacts.writing(PLOTS) as beside:
+        page.plots(beside, told)
+    for recipe_name, reason in {**left_out, **choice.refused}.items():
+        print(f"compress: {recipe_name} is not served: {reason}", file=sys.stderr)
+    print(f"compress: {choice.recipe} is served: {choice.reason}", file=sys.stderr)
 
 
-def _latency(export: Any, runs: Mapping[str, engine.Run]) -> dict[str, dict[int, float]]:
-    """Median latency in ms by precision and batch size."""
-    found: dict[str, dict[int, float]] = {precision: {} for precision in runs}
-    for batch in BATCHES:
-        requests = export.requests(batch, TIMED, SEED)
-        for precision, taken in engine.latencies_ms(runs, export.served, requests).items():
-            found[precision][batch] = round(float(np.median(taken)), 4)
-    return found
+def _tried(params: Params, names: Sequence[str]) -> tuple[list[Recipe], dict[str, str]]:
+    """The recipes that can be tried with these engines, and why the others cannot."""
+    asked = [recipes.parse(name) for name in dict.fromkeys(params.compress.recipes)]
+    left = {
+        recipe.name: f"none of the engines here ({', '.join(names)}) computes in {recipe.precision}"
+        for recipe in asked
+        if not any(search.computes(name, recipe.precision) for name in names)
+    }
+    return [recipe for recipe in asked if recipe.name not in left], left
 
 
-def _metric(params: Params, runs: Mapping[str, engine.Run], assets: Path) -> dict[str, float]:
-    """The workload's metric on validation data by precision."""
-    scoring = part(params.workload, "scoring")
-    samples = scoring.samples(DATA, "validation", HELD_OUT, SEED)
+def _seal(params: Params, export: Any, chosen: Form, folder: Path) -> None:
+    golden = dict(export.golden())
+    names = [spec.name for spec in export.outputs]
+    answer = dict(zip(names, chosen.run(names, golden), strict=True))
+    (folder / package.MODEL).write_bytes(chosen.model)
+    recipe = chosen.recipe
+    package.seal(
+        folder,
+        params.workload,
+        recipe.precision,
+        export.inputs,
+        export.outputs,
+        (golden, answer),
+        recipe=recipe.name,
+        engine=chosen.engine,
+    )
+
+
+def _told(variants: Sequence[Variant], choice: Choice, found: Sequence[Form]) -> Mapping[str, Any]:
+    """What the search found, as plain values."""
     return {
-        precision: float(scoring.score(run, samples, assets, sampled=False)[scoring.METRIC].mean())
-        for precision, run in runs.items()
+        "variants": {variant.recipe: _plain(asdict(variant)) for variant in variants},
+        "front": pareto.front(variants),
+        "choice": asdict(choice),
+        "forms": [
+            {"recipe": form.recipe.name, "engine": form.engine, "latency_ms": _plain(form.latency_ms)} for form in found
+        ],
     }
 
 
-def _choose(params: Params, metric: dict[str, float], latency: dict[str, dict[int, float]]) -> gate.Decision:
-    if "int8" not in metric:
-        return gate.Decision("fp32", "compress.int8 is off", drop=0.0, speedup=1.0)
-    return gate.decide(metric, latency, params.compress)
+def _plain(value: Any) -> Any:
+    """Keys become texts and figures short, as JSON has them."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    return round(value, 6) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -26,8 +26,10 @@ from slipway import artifacts, config, package, stage, tracking
 from slipway.compression import engine
 from slipway.config import IngestParams, Params
 from slipway.evaluation import comparison, page, scores, subject
-from slipway.evaluation.subject import Subject
+from slipway.evaluation.subject import FP32, Subject
+from slipway.package import Package
 from slipway.progress import Progress
+from slipway.serving import engines
 from slipway.stage import Report, Show
 from slipway.workloads.base import Tensors, part
 
@@ -40,15 +42,15 @@ TIMED = 1000
 def run(params: Params, report: Report) -> None:
     """Score, compare, judge, show."""
     scoring, sealed = part(params.workload, "scoring"), package.load(PACKAGE)
-    models = {path.stem: path.read_bytes() for path in sorted(EXPORT.glob("*.onnx"))}
-    runs = {precision: engine.load(model, f"{EXPORT}/{precision}.onnx") for precision, model in models.items()}
+    models = {FP32: EXPORT / f"{FP32}.onnx", sealed.recipe: PACKAGE / package.MODEL}
+    runs = {recipe: _loaded(path, sealed) for recipe, path in models.items()}
     samples = scoring.samples(DATA, "test", params.evaluate.max_users, SEED)
     values: dict[str, Mapping[str, scores.Floats]] = {}
     with Progress("evaluate", len(runs) + 2, "steps") as progress:
-        for precision, model in runs.items():
-            values[precision] = scoring.score(model, samples, PACKAGE)
-            progress.advance(step=precision)
-        served = values[sealed.precision]
+        for recipe, model in runs.items():
+            values[recipe] = scoring.score(model, samples, PACKAGE)
+            progress.advance(step=recipe)
+        served = values[sealed.recipe]
         champion = _champion(params.workload, scoring, samples, served[scoring.METRIC])
         progress.advance(step="champion")
         requests = [_row(sealed.golden()[0], at) for at in range(TIMED)]
@@ -56,25 +58,32 @@ def run(params: Params, report: Report) -> None:
         progress.advance(step="latency")
     speed = {name: {"p50": _quantile(taken, 0.5), "p99": _quantile(taken, 0.99)} for name, taken in latencies.items()}
     metric = float(served[scoring.METRIC].mean())
-    judged = scores.gates(params.evaluate, metric, champion, speed[sealed.precision]["p99"])
+    judged = scores.gates(params.evaluate, metric, champion, speed[sealed.recipe]["p99"])
     found = {
         "workload": params.workload,
-        "served": sealed.precision,
+        "served": sealed.recipe,
         "samples": len(samples),
         "metric": scoring.METRIC,
-        "metrics": {precision: _metrics(scoring, value) for precision, value in values.items()},
+        "metrics": {recipe: _metrics(scoring, value) for recipe, value in values.items()},
         "slices": _slices(scoring.slices(samples), served[scoring.METRIC]),
         "champion": asdict(champion) if champion else None,
         "latency_ms": speed,
-        "size_bytes": {precision: len(model) for precision, model in models.items()},
+        "size_bytes": {recipe: path.stat().st_size for recipe, path in models.items()},
         "gates": [asdict(gate) for gate in judged],
         "passed": all(gate.passed for gate in judged),
     }
     for key, value in found.items():
         report[key] = value
     trained = artifacts.read_json(CURVE) if CURVE.exists() else {}
-    page.write(PAGE, found, latencies, trained, scoring.examples(runs[sealed.precision], samples, PACKAGE))
+    page.write(PAGE, found, latencies, trained, scoring.examples(runs[sealed.recipe], samples, PACKAGE))
     _tell(judged)
+
+
+def _loaded(path: Path, sealed: Package) -> engine.Run:
+    """A model as a function: that of the package in the engine that serves it, any other in ONNX Runtime."""
+    if path == sealed.folder / package.MODEL:
+        return engine.of(engines.of(sealed, 1))
+    return engine.load(path.read_bytes(), str(path))
 
 
 def _metrics(scoring: ModuleType, values: Mapping[str, scores.Floats]) -> dict[str, float]:
@@ -88,8 +97,8 @@ def _champion(workload: str, scoring: ModuleType, samples: Any, candidate: score
     if version is None:
         return None
     folder = tracking.fetch(workload, version) / "package"
-    model = engine.load((folder / package.MODEL).read_bytes(), f"{workload}/{version}")
-    values = scoring.score(model, samples, folder, sampled=False)
+    model = engines.of(package.load(folder), 1)
+    values = scoring.score(engine.of(model), samples, folder, sampled=False)
     return scores.against(version, candidate, values[scoring.METRIC])
 
 
@@ -157,9 +166,9 @@ def _scored(params: Params, model: Subject, data: Path) -> dict[str, Any]:
     samples = scoring.samples(data, "test", params.evaluate.max_users, SEED)
     values = {}
     with Progress("evaluate", len(model.models), "models") as progress:
-        for precision, path in model.models.items():
-            values[precision] = scoring.score(engine.load(path.read_bytes(), str(path)), samples, model.package.folder)
-            progress.advance(step=precision)
+        for recipe, path in model.models.items():
+            values[recipe] = scoring.score(_loaded(path, model.package), samples, model.package.folder)
+            progress.advance(step=recipe)
     return {
         "workload": model.package.workload,
         "samples": len(samples),

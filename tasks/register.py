@@ -38,7 +38,7 @@ def run(params: Params, report: stage.Report) -> None:
     refuse_unless_passed(evaluation)
     sealed = package.load(PACKAGE)
     content = artifacts.sha256(PACKAGE)
-    lineage = {**record.lineage(Path(), params), **metric_tags(evaluation, sealed.precision)}
+    lineage = {**record.lineage(Path(), params), **metric_tags(evaluation, sealed.recipe)}
     name = os.environ.get(record.RUN_VARIABLE) or f"local-{content[:12]}"
     with tempfile.TemporaryDirectory(prefix="slipway-") as scratch:
         replay = Path(scratch) / tracking.REPLAY
@@ -47,12 +47,15 @@ def run(params: Params, report: stage.Report) -> None:
         if record.RUN_VARIABLE not in os.environ and TRAINING.exists():  # goes on in the run that got the live figures
             store.rename(str(artifacts.read_json(TRAINING).get("run")), name, store.client())
         mlflow_run = store.start(name, lineage, store.client())
-        full = EXPORT / tracking.REFERENCE if sealed.precision != "fp32" else None
+        full = EXPORT / tracking.REFERENCE if sealed.recipe != "fp32" else None
         version = tracking.register(params.workload, PACKAGE, replay, mlflow_run, lineage, full)
     tracking.set_alias(params.workload, "candidate", version)
     report["workload"], report["version"], report["content"] = params.workload, version, content
     report["precision"], report["mlflow_run"], report["samples"] = sealed.precision, mlflow_run, len(samples)
-    log.info("registered %s/%s as candidate precision=%s", params.workload, version, sealed.precision)
+    report["recipe"], report["engine"] = sealed.recipe, sealed.engine
+    log.info(
+        "registered %s/%s as candidate recipe=%s engine=%s", params.workload, version, sealed.recipe, sealed.engine
+    )
     if record.RUN_VARIABLE not in os.environ:  # on a laptop nobody records after this; a DAG run does it at its end
         record.record(name, Path(), succeeded=True)
         store.client().set_tag(mlflow_run, "version", version)
@@ -81,9 +84,9 @@ def describe(gate: Mapping[str, Any]) -> str:
     return f"gate {gate.get('name')}: value {gate.get('value')}, limit {gate.get('limit')}"
 
 
-def metric_tags(evaluation: Mapping[str, Any], precision: str) -> dict[str, str]:
-    """The test metrics of the precision that is served, as tags `metric.NAME`."""
-    metrics = (evaluation.get("metrics") or {}).get(precision) or {}
+def metric_tags(evaluation: Mapping[str, Any], recipe: str) -> dict[str, str]:
+    """The test metrics of the recipe that is served, as tags `metric.NAME`."""
+    metrics = (evaluation.get("metrics") or {}).get(recipe) or {}
     return {f"metric.{name}": f"{value:.6g}" for name, value in metrics.items() if isinstance(value, int | float)}
 
 

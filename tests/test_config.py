@@ -120,7 +120,7 @@ def test_the_form_offers_what_a_user_turns_with_its_help() -> None:
         "ingest.source",
         "train.epochs",
         "train.world_size",
-        "compress.int8",
+        "compress.recipes",
         "canary.step_weights",
         "slo.p99_ms",
     }

@@ -1,4 +1,4 @@
-"""ONNX Runtime for offline work: one thread, no surprises; and how fast models are, measured side by side."""
+"""Engines for offline work: a function of names and inputs, one thread; and how fast models are, side by side."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
+from slipway import package
 from slipway.errors import ModelError
+from slipway.serving import engines
 from slipway.workloads.base import Array, Tensors
 
 Run = Callable[[Sequence[str] | None, Tensors], Sequence[Array]]
@@ -17,25 +18,31 @@ Run = Callable[[Sequence[str] | None, Tensors], Sequence[Array]]
 WARMUP_RUNS = 5
 
 
-def load(model: bytes, name: str, threads: int = 1) -> Run:
+def load(model: bytes, name: str, threads: int = 1, on: str = package.ENGINE, precision: str = "fp32") -> Run:
     """Load a serialised ONNX model: a function of output names (None: all) and inputs.
+
+    Args:
+        model: the bytes.
+        name: what errors call it.
+        threads: of the engine.
+        on: name of the engine.
+        precision: fp32, bf16 or int8.
 
     Raises:
         ModelError: the bytes are no model that the engine can run; `name` says which.
     """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
     try:
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
-        raise ModelError(f"{name}: ONNX Runtime cannot load it ({error}); run `python -m tasks.compress`") from error
+        made = engines.make(on, engines.Source(model, name, precision, threads))
+    except ModelError as error:
+        raise ModelError(f"{error}; run `python -m tasks.compress`") from error
+    return of(made)
 
-    fetching = ort.RunOptions()
-    fetching.only_execute_path_to_fetches = True  # as the server does: what is not asked for is not computed
+
+def of(made: engines.Engine) -> Run:
+    """An engine as a function of output names (None: all) and inputs."""
 
     def run(outputs: Sequence[str] | None, inputs: Tensors) -> Sequence[Array]:
-        answer: Sequence[Array] = session.run(outputs, dict(inputs), fetching)
-        return answer
+        return made.run(inputs, made.outputs if outputs is None else outputs)
 
     return run
 

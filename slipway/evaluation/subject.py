@@ -21,7 +21,7 @@ class Subject:
     """How people call it, such as ranker/3 or a folder."""
     package: Package
     models: Mapping[str, Path]
-    """ONNX file by precision: the full model first, if it was kept, then the one that is served."""
+    """ONNX file by recipe: the full model first, if it was kept, then the one that is served."""
 
 
 def find(workload: str, reference: str) -> Subject:
@@ -50,6 +50,6 @@ def find(workload: str, reference: str) -> Subject:
 
 def _subject(name: str, folder: Path, full: list[Path]) -> Subject:
     sealed = package.load(folder)
-    served = {sealed.precision: folder / package.MODEL}
+    served = {sealed.recipe: folder / package.MODEL}
     beside = next((path for path in full if path.is_file()), None)
     return Subject(name, sealed, served if beside is None or FP32 in served else {FP32: beside, **served})

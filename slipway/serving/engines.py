@@ -1,9 +1,17 @@
-"""The engine that runs a model, and the proof that it runs it right: the package's golden outputs."""
+"""The engines that run a model, and the proof that one runs it right: the package's golden outputs.
+
+Compression and the replica share them: what was measured there is what serves here. A model is ONNX for all of them.
+"""
 
 # B batch
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,40 +22,17 @@ from slipway.errors import ModelError
 from slipway.package import Package
 from slipway.workloads.base import Array, Tensors
 
-MAX_DEVIATION = {"fp32": 0.01, "int8": 0.1}
+log = logging.getLogger(__name__)
+
+TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+MAX_DEVIATION = {"fp32": 0.01, "bf16": 0.05, "int8": 0.1}
 """Mean deviation from the golden floats, in standard deviations of theirs. INT8 kernels round and saturate differently
-from one processor to the next; another model's outputs are off by about 1."""
+from one processor to the next, bf16 keeps 8 bits; another model's outputs are off by about 1."""
 MASKED = 1e6
 """Scores beyond it are no scores: models mask what they exclude with minus infinity, or with a huge number."""
-MIN_OVERLAP = {"fp32": 0.98, "int8": 0.8}
+MIN_OVERLAP = {"fp32": 0.98, "bf16": 0.9, "int8": 0.8}
 """Share of golden ids in a row that must come again, in any order: ties and near ties swap places."""
-
-
-class OnnxEngine:
-    """ONNX Runtime on the CPU. `run` may be called from any thread, one call at a time is what it is tuned for."""
-
-    def __init__(self, package: Package, threads: int) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.log_severity_level = 3
-        # Threads that spin while they wait would take the processor from the event loop and the other replicas.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        path = package.folder / packages.MODEL
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's errors have no base but this
-            raise ModelError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)})") from error
-        self._fetching = onnxruntime.RunOptions()
-        self._fetching.only_execute_path_to_fetches = True  # what no request asked for is not computed
-        declared = {spec.name for spec in (*package.inputs, *package.outputs)}
-        found = {node.name for node in (*self._session.get_inputs(), *self._session.get_outputs())}
-        if not declared <= found:
-            raise ModelError(f"{path}: has no {', '.join(sorted(declared - found))}, which its manifest declares")
-
-    def run(self, inputs: Tensors, outputs: Sequence[str]) -> list[Array]:
-        """Run one batch: inputs [B, ...] by name; gives the named outputs [B, ...] in order."""
-        results: list[Array] = self._session.run(list(outputs), inputs, self._fetching)
-        return results
 
 
 class Runs(Protocol):
@@ -55,6 +40,151 @@ class Runs(Protocol):
 
     def run(self, inputs: Tensors, outputs: Sequence[str]) -> list[Array]:
         """Run one batch: inputs [B, ...] by name; gives the named outputs [B, ...] in order."""
+
+
+class Engine(Runs, Protocol):
+    """A model in an engine. It may be called from any thread; one call at a time is what it is tuned for."""
+
+    name: str
+    inputs: list[str]
+    outputs: list[str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A serialised model, and what an engine has to know to run it."""
+
+    model: Path | bytes
+    """As ONNX: a file, or its bytes."""
+    label: str
+    """What errors call it."""
+    precision: str = "fp32"
+    """Arithmetic of its products; bf16 is asked of the engine, the others stand in the model."""
+    threads: int = 1
+
+
+class OnnxRuntime:
+    """ONNX Runtime on one of its execution providers."""
+
+    def __init__(self, source: Source, name: str, provider: str) -> None:
+        self.name = name
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = source.threads, 1
+        options.log_severity_level = 3
+        # Threads that spin while they wait would take the processor from the event loop and the other replicas.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        model = source.model if isinstance(source.model, bytes) else str(source.model)
+        providers = list(dict.fromkeys([provider, "CPUExecutionProvider"]))  # the processor takes what it does not know
+        self._session = onnxruntime.InferenceSession(model, options, providers=providers)
+        self.inputs = [node.name for node in self._session.get_inputs()]
+        self.outputs = [node.name for node in self._session.get_outputs()]
+        self._fetching = onnxruntime.RunOptions()
+        self._fetching.only_execute_path_to_fetches = True  # what no request asked for is not computed
+
+    def run(self, inputs: Tensors, outputs: Sequence[str]) -> list[Array]:
+        """Run one batch: inputs [B, ...] by name; gives the named outputs [B, ...] in order."""
+        results: list[Array] = self._session.run(list(outputs), dict(inputs), self._fetching)
+        return results
+
+
+class OpenVino:
+    """OpenVINO on one of its devices."""
+
+    def __init__(self, source: Source, name: str, device: str) -> None:
+        import openvino  # late: optional, and a replica that does not need it should not load it
+
+        self.name, self._lock = name, threading.Lock()
+        model = openvino.Core().read_model(source.model)
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if source.precision == "bf16" else "f32"}
+        if device == "CPU":
+            # Without pinning: every replica's thread would be pinned to the same first core.
+            settings |= {"INFERENCE_NUM_THREADS": source.threads, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
+        self._request = openvino.Core().compile_model(model, device, settings).create_infer_request()
+        self.inputs = [port.get_any_name() for port in model.inputs]
+        self.outputs = [port.get_any_name() for port in model.outputs]
+
+    def run(self, inputs: Tensors, outputs: Sequence[str]) -> list[Array]:
+        """Run one batch: inputs [B, ...] by name; gives the named outputs [B, ...] in order."""
+        with self._lock:
+            found = self._request.infer(dict(inputs), share_inputs=True)
+            return [np.asarray(found[name]) for name in outputs]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An engine that there may be, by the name that params and packages call it."""
+
+    make: Callable[[Source, str, str], Engine]
+    target: str
+    """The execution provider or device."""
+    remedy: str
+    """What to do where it is absent."""
+
+
+_GPU = "install onnxruntime-gpu in place of onnxruntime, on a machine with an NVIDIA device"
+KINDS: Mapping[str, Kind] = {
+    "onnxruntime": Kind(OnnxRuntime, "CPUExecutionProvider", "install onnxruntime"),
+    "openvino": Kind(OpenVino, "CPU", "pip install 'slipway[openvino]'"),
+    "cuda": Kind(OnnxRuntime, "CUDAExecutionProvider", _GPU),
+    "tensorrt": Kind(OnnxRuntime, "TensorrtExecutionProvider", _GPU + " and TensorRT"),
+    "npu": Kind(OpenVino, "NPU", "pip install 'slipway[openvino]', on a machine with an NPU and its driver"),
+}
+
+
+def absent(name: str) -> str:
+    """Say why an engine is not here, and what to do; nothing if it is."""
+    kind = KINDS.get(name)
+    if kind is None:
+        return f"there is no engine {name}; there are: {', '.join(KINDS)}"
+    try:
+        there = _openvino_devices() if kind.make is OpenVino else onnxruntime.get_available_providers()
+    except ImportError as error:
+        return f"{name} is not here ({error}): {kind.remedy}"
+    if kind.target in there:
+        return ""
+    return f"{name} is not here (no {kind.target} among {', '.join(there)}): {kind.remedy}"
+
+
+@lru_cache(maxsize=1)
+def _openvino_devices() -> tuple[str, ...]:
+    import openvino
+
+    return tuple(openvino.Core().available_devices)
+
+
+def make(name: str, source: Source) -> Engine:
+    """Load a model into an engine.
+
+    Raises:
+        ModelError: the engine is not here, or cannot load the model; says which and why.
+    """
+    missing = absent(name)
+    if missing:
+        raise ModelError(f"{source.label}: {missing}")
+    kind = KINDS[name]
+    try:
+        return kind.make(source, name, kind.target)
+    except Exception as error:  # the engines' own errors have no base but this
+        raise ModelError(f"{source.label}: {TITLES.get(name, name)} cannot load it ({_first_line(error)})") from error
+
+
+def of(package: Package, threads: int) -> Engine:
+    """Load a package into the engine that it was sealed for; into ONNX Runtime where that one is not.
+
+    Raises:
+        ModelError: the engine cannot load it, or it has not the inputs and outputs that its manifest declares.
+    """
+    name, missing = package.engine, absent(package.engine)
+    if missing:
+        log.warning("%s: %s; ONNX Runtime serves it", package.folder, missing)
+        name = packages.ENGINE
+    path = package.folder / packages.MODEL
+    made = make(name, Source(path, str(path), package.precision, threads))
+    declared = {spec.name for spec in (*package.inputs, *package.outputs)}
+    found = {*made.inputs, *made.outputs}
+    if not declared <= found:
+        raise ModelError(f"{path}: has no {', '.join(sorted(declared - found))}, which its manifest declares")
+    return made
 
 
 def verify(engine: Runs, package: Package) -> None:
@@ -66,7 +196,7 @@ def verify(engine: Runs, package: Package) -> None:
     inputs, golden = package.golden()
     try:
         found = dict(zip(golden, engine.run(inputs, list(golden)), strict=True))
-    except Exception as error:  # ONNX Runtime's errors have no base but this
+    except Exception as error:  # the engines' own errors have no base but this
         raise ModelError(f"{package.folder}: the golden inputs do not run ({_first_line(error)})") from error
     for name, expected in golden.items():
         fault = _fault(found[name], expected, package.precision)

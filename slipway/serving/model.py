@@ -30,7 +30,7 @@ class Model:
     version: str
     package: Package
     endpoint: Endpoint
-    engine: engines.OnnxEngine
+    engine: engines.Engine
 
     @property
     def name(self) -> str:
@@ -56,6 +56,6 @@ def load(folder: Path, version: str, threads: int) -> Model:
         endpoint: Endpoint = part(package.workload, "schema").ENDPOINT(folder)
     except ParamsError as error:
         raise ModelError(f"{folder}: workload {package.workload!r} is not one that this slipway serves") from error
-    engine = engines.OnnxEngine(package, threads)
+    engine = engines.of(package, threads)
     engines.verify(engine, package)
     return Model(version, package, endpoint, engine)

@@ -2,7 +2,7 @@
 
 A stage calls the interface below and knows nothing of any workload. Adding one means adding a folder whose modules are
 
-    params.py        MODEL: the class of its section in params.yaml
+    params.py        MODEL: the class of its section in params.yaml; TECHNIQUES: what `compress` can do with its model
     ingest.py        ingest(params, out, report): source -> columnar data; held_out(params, package, out, report): all
                      of a source as test data, for a model made elsewhere
     expectations.py  suite, frames and plots that `validate` checks and shows

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.bad_candidate import permute
 from slipway import artifacts, package
-from slipway.serving.engines import OnnxEngine
+from slipway.serving import engines
 from tests.serving import packages
 
 KNOWN_ITEMS = 250
@@ -89,7 +89,7 @@ def replay(path: Path, sealed: Path, count: int = 400, seed: int = 0) -> Path:
     keys = artifacts.read_json(sealed / "items.json")["keys"]
     drawn = [draw.sample(range(1, len(keys) + 1), 8) for _ in range(count)]
     history_BT = np.array(sorted(drawn, key=lambda history: max(history) > KNOWN_ITEMS))
-    (items_BK,) = OnnxEngine(package.load(sealed), 1).run({"history": history_BT}, ["items"])
+    (items_BK,) = engines.of(package.load(sealed), 1).run({"history": history_BT}, ["items"])
     with path.open("w") as out:
         for number, (past, best) in enumerate(zip(history_BT.tolist(), items_BK.tolist(), strict=True)):
             truth = best[draw.randrange(10)] if draw.random() < HIT_RATIO else best[-1]
@@ -112,7 +112,7 @@ def _reseal(folder: Path, model: onnx.ModelProto, items: int) -> Path:
     sealed = package.load(folder)
     onnx.save(model, folder / package.MODEL)
     inputs = {"history": np.random.default_rng(1).integers(1, items + 1, size=(4, 8))}
-    golden = OnnxEngine(sealed, 1).run(inputs, [spec.name for spec in sealed.outputs])
+    golden = engines.of(sealed, 1).run(inputs, [spec.name for spec in sealed.outputs])
     named = {spec.name: array for spec, array in zip(sealed.outputs, golden, strict=True)}
     package.seal(folder, sealed.workload, sealed.precision, sealed.inputs, sealed.outputs, (inputs, named))
     return folder

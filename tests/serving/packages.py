@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from slipway import package
 from slipway.package import TensorSpec
-from slipway.serving.engines import OnnxEngine
+from slipway.serving import engines
 
 ITEMS, MAX_LENGTH, WIDTH = 300, 20, 16
 INPUTS = (TensorSpec("history", "int64", (None, None)),)
@@ -39,7 +39,7 @@ def seal(folder: Path, items: int = ITEMS, width: int = WIDTH, seed: int = 0, pr
     )
     history_BT = np.random.default_rng(seed + 1).integers(1, items + 1, size=(8, min(10, MAX_LENGTH)))
     unverified = package.Package(folder, "ranker", "fp32", INPUTS, outputs)
-    golden = OnnxEngine(unverified, 1).run({"history": history_BT}, [spec.name for spec in outputs])
+    golden = engines.of(unverified, 1).run({"history": history_BT}, [spec.name for spec in outputs])
     named = {spec.name: array for spec, array in zip(outputs, golden, strict=True)}
     package.seal(folder, "ranker", "fp32", INPUTS, outputs, ({"history": history_BT}, named))
     return folder

@@ -132,7 +132,7 @@ def test_golden_inputs_that_do_not_run_are_refused(package: Path, tmp_path: Path
     wrong = {"history": inputs["history"] + 10_000}
     packages_.seal(folder, "ranker", "fp32", opened.inputs, opened.outputs, (wrong, outputs))
     with pytest.raises(ModelError, match="the golden inputs do not run"):
-        engines.verify(engines.OnnxEngine(packages_.load(folder), 1), packages_.load(folder))
+        engines.verify(engines.of(packages_.load(folder), 1), packages_.load(folder))
 
 
 def test_a_replica_listens_on_loopback_alone_and_loads_nothing_heavy(replica: Replica) -> None:

@@ -13,3 +13,5 @@ class ClassifierParams(Section):
 
 
 MODEL = ClassifierParams
+
+TECHNIQUES = ("int8", "bf16")

@@ -53,3 +53,5 @@ class LlmParams(Section):
 
 
 MODEL = LlmParams
+
+TECHNIQUES = ("int8", "bf16")

@@ -33,3 +33,5 @@ class RankerParams(Section):
 
 
 MODEL = RankerParams
+
+TECHNIQUES = ("int8", "bf16")

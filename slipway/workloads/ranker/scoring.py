@@ -88,6 +88,18 @@ def score(run: Run, chosen: Samples, package: Path, sampled: bool = True) -> dic
     return values
 
 
+def best(run: Run, chosen: Samples, package: Path, count: int = 10) -> Ints:
+    """What the model shows for each sample: [U, count] item ids, the best first."""
+    ids, longest = translation(chosen.data, package)
+    begin = chosen.data.offsets[chosen.users]
+    found = []
+    for at in range(0, len(chosen), BATCH):
+        rows = slice(at, at + BATCH)
+        history = ids[padded(chosen.data.items, begin[rows], chosen.truth_at[rows], longest)]
+        found.append(run(["items"], {"history": left_aligned(history)})[0][:, :count])
+    return np.concatenate(found)
+
+
 def translation(data: sequences.Sequences, package: Path) -> tuple[Ints, int]:
     """Ids of the data -> ids of the package (0: unknown to it) as [I+1], and the longest history it takes."""
     about = artifacts.read_json(package / "items.json")
