@@ -101,8 +101,8 @@ class Batcher(Generic[T, R]):
     def _schedule(self) -> None:
         """Start in the loop's next turn, so that requests that came in one go run in one go; or after the wait."""
         if self._start is None:
-            wait = self._max_wait_s and len(self._queue) < self._max_batch
-            self._start = self._loop.call_later(wait, self._take) if wait else self._loop.call_soon(self._take)
+            wait_s = self._max_wait_s if len(self._queue) < self._max_batch else 0.0
+            self._start = self._loop.call_later(wait_s, self._take) if wait_s else self._loop.call_soon(self._take)
         elif self._max_wait_s and len(self._queue) == self._max_batch:
             self._start.cancel()
             self._start = self._loop.call_soon(self._take)

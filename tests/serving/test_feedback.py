@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from slipway.serving.feedback import REST_S
 from tests.conftest import needs, until
 from tests.serving.conftest import Replica, Start
 from tests.serving.packages import key
@@ -132,12 +133,10 @@ def test_recommendations_go_on_without_redis_and_feedback_comes_back_with_it(sta
             replica = start(SLIPWAY_REDIS=str(store.socket))
             replica.wait_until_ready()
             store.process.send_signal(signal.SIGSTOP)  # the worst case: connections open, no answers
-            assert feedback(replica, "a", "b") == 503
-            began = time.monotonic()
+            assert any(fails_soon(replica) for _ in range(5)), "redis-py as it comes would take 3 s each time"
             for _ in range(20):
                 shown(replica)
                 assert feedback(replica, "a", "b") == 503
-            assert time.monotonic() - began < 15, "redis-py as it comes would take 60 s and more"
             store.stop()
             shown(replica)
             store.start()
@@ -146,6 +145,14 @@ def test_recommendations_go_on_without_redis_and_feedback_comes_back_with_it(sta
             assert replica.metric("slipway_shown_forgotten_total") > 0
         finally:
             store.stop()
+
+
+def fails_soon(replica: Replica) -> bool:
+    """Whether feedback fails at once, also when Redis is really asked: not in the first second after a failure."""
+    time.sleep(REST_S + 0.1)
+    began = time.monotonic()
+    assert feedback(replica, "a", "b") == 503
+    return time.monotonic() - began < 0.5
 
 
 def taken(replica: Replica) -> bool:

@@ -6,7 +6,7 @@ import gzip
 import json
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -90,43 +90,51 @@ def test_measuring_the_peak_is_short_and_leaves_the_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def two_samples() -> tuple[list[Sample], float, float, float]:
-    """Two samples of two steps each, and, by a clock of one's own, what the first one took.
+@dataclass(frozen=True)
+class Clock:
+    """What the first sample's steps took by a clock of the test's own (s), at least and at most."""
 
-    Returns: samples; seconds that the first two steps waited for data; seconds that they took, at least and at most.
-    """
-    waited_s, before = 0.0, time.perf_counter()
+    waited: tuple[float, float]
+    whole: tuple[float, float]
+
+
+def two_samples() -> tuple[list[Sample], Clock]:
+    """Two samples of two steps each, the first of them by another clock too."""
     told_by, told = meter()
-    begun = time.perf_counter()
+    begun, inside, outside = time.perf_counter(), 0.0, 0.0
+    before = told_by.totals()["seconds"]
     for loss in (1.0, 3.0):
+        outer = time.perf_counter()
         with watch.part("data"):
-            began = time.perf_counter()
-            time.sleep(0.03)
-            waited_s += time.perf_counter() - began
+            inner = time.perf_counter()
+            time.sleep(0.03)  # short: after 0.25 s the meter would take a sample of its own
+            inside += time.perf_counter() - inner
+        outside += time.perf_counter() - outer
         watch.sent(1000)
         told_by.step(loss, units=64, norm=loss, rate=0.1)
     watch.gauge("workers", 3)
-    least_s = time.perf_counter() - begun
+    least = time.perf_counter() - begun
     told_by.sample()
-    most_s = time.perf_counter() - before
+    most = time.perf_counter() - begun + before
     told_by.step(math.nan, units=64, norm=math.inf, rate=0.1, scale=1024.0, skipped=True)
     told_by.step(5.0, units=64, norm=2.0, rate=0.1, scale=1024.0)
     told_by.sample()
-    return told, waited_s, least_s, most_s
+    return told, Clock((inside, outside), (least, most))
 
 
 def test_a_sample_tells_of_the_steps_since_the_one_before() -> None:
     for _ in range(20):
-        told, waited_s, least_s, most_s = two_samples()
-        if len(told) == 2:  # else the machine was so slow that the meter took samples of its own, after 0.25 s
+        told, clock = two_samples()
+        if len(told) == 2:  # else the machine was so slow that the meter took samples of its own
             break
     first, second = (sample.figures for sample in told)
     assert [sample.step for sample in told] == [2, 4]
     assert (first["loss"], first["grad_norm"], first["sent_bytes_per_step"]) == (2.0, 3.0, 1000)
-    # A stall of the machine shows on both clocks. Figures have six digits.
-    assert waited_s / most_s <= first["data_share"] * 1.0001 <= 1.0001
-    assert 128 / most_s <= first["tokens_per_s"] * 1.0001
-    assert first["tokens_per_s"] <= 128 / least_s * 1.0001
+    (least_waited, most_waited), (least, most) = clock.waited, clock.whole  # a stall of the machine shows in these too
+    assert least_waited / most <= first["data_share"] * 1.0001  # figures have six digits
+    assert first["data_share"] <= most_waited / least * 1.0001
+    assert 128 / most <= first["tokens_per_s"] * 1.0001
+    assert first["tokens_per_s"] <= 128 / least * 1.0001
     assert "loss_scale" not in first
     assert (second["loss"], second["skipped_steps"], second["loss_scale"], second["workers"]) == (5.0, 1, 1024, 3)
     assert second["data_share"] == 0
