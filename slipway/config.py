@@ -75,8 +75,8 @@ class ImagesParams(Section):
     """Larger files are left out before they are read (MB, over 0, at most 1024)."""
     near_bits: Annotated[int, Field(ge=0, le=16)] = 6
     """Bits of 64 in which the perceptual hashes of near duplicates may differ (0..16)."""
-    leaks: Literal["quarantine", "keep"] = "quarantine"
-    """Training pictures that nearly repeat held-out ones: quarantine (left out), or keep, for `validate` to judge."""
+    leaks: Literal["quarantine", "stop"] = "quarantine"
+    """Training pictures that nearly repeat held-out ones: quarantine (left out), or stop: `validate` ends the run."""
 
 
 class IngestParams(Section):
@@ -116,15 +116,25 @@ class ValidateParams(Section):
     max_null_ratio: Share = 0.0
     """Hard: share of rows without a user, an item or a time, or of texts that are empty or not UTF-8 (0..1)."""
     max_duplicate_ratio: Share = 0.01
-    """Hard: share of rows, or of texts, that repeat an earlier one (0..1)."""
+    """Hard: share of rows, texts or pictures that repeat an earlier one (0..1)."""
     min_users: Count = 100
     """Hard: users after filtering (1 or more); texts have none."""
     min_items: Count = 20
     """Hard: items after filtering (1 or more); texts have none."""
     min_volume_ratio: Share = 0.5
-    """Hard: events or tokens against the last accepted version of the same source (0..1)."""
+    """Hard: events, tokens or pictures against the last accepted version of the same source (0..1)."""
     max_psi: Positive = 0.2
-    """Soft: population stability index of the items, or of the texts' bytes, against the last version (over 0)."""
+    """Soft: population stability index of items, texts' bytes or classes, against the last version (over 0)."""
+    max_unusable_ratio: Share = 0.02
+    """Hard: share of files that are no picture, broken, tiny or huge, and are left out (0..1; 0: one stops the run)."""
+    min_class_pictures: Count = 10
+    """Hard: training pictures of every class (1 or more)."""
+    max_imbalance: Annotated[float, Field(ge=1)] = 20.0
+    """Soft: training pictures of the largest class over those of the smallest (1 or more)."""
+    max_near_ratio: Share = 0.1
+    """Soft: share of pictures that look like another one of their part (0..1)."""
+    max_leak_ratio: Share = 0.0
+    """Soft: share of held-out pictures that a training picture nearly repeats in the source (0..1)."""
 
 
 class LossScaleParams(Section):

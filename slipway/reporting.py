@@ -1,4 +1,4 @@
-"""Reports that people read: one self-contained HTML file with figures, tables and plots, offline and on any screen.
+"""Reports that people read: one self-contained HTML file, figures to pictures, offline and on any screen.
 
 The page loads nothing, runs nothing, follows the reader's light or dark scheme, and is the same bytes for the same
 content, so that DVC sees no change where there is none. Its looks stand in reporting.html.j2, beside this file.
@@ -10,6 +10,7 @@ content, so that DVC sees no change where there is none. Its looks stand in repo
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import re
@@ -65,11 +66,30 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Thumbnail:
+    """Pictures that belong together, side by side over a few words."""
+
+    pictures: Sequence[bytes]
+    """JPEG or PNG, small: they become part of the page."""
+    text: str
+    """A line each."""
+    verdict: Verdict = "info"
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """A contact sheet."""
+
+    caption: str
+    thumbnails: Sequence[Thumbnail]
+
+
+@dataclass(frozen=True)
 class Chapter:
     """A titled part of the page."""
 
     title: str
-    blocks: Sequence[Table | Plot | Note]
+    blocks: Sequence[Table | Plot | Note | Gallery]
 
 
 def canvas(x_label: str, y_label: str, height: float = 2.4) -> tuple[Figure, Axes]:
@@ -94,7 +114,9 @@ def write_html(path: Path, title: str, subtitle: str, tiles: Sequence[Tile], cha
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(cell=_cell, numeric=_numeric, kind=lambda block: type(block).__name__, svg=_svg)
+    environment.filters.update(
+        cell=_cell, numeric=_numeric, kind=lambda block: type(block).__name__, svg=_svg, uri=_uri
+    )
     page = environment.from_string(source).render(title=title, subtitle=subtitle, tiles=tiles, chapters=chapters)
     artifacts.write_text(path, page)
 
@@ -122,6 +144,12 @@ def _cell(value: object) -> str:
     if number == int(number) and abs(number) < 1e15:
         return f"{int(number):,}"
     return f"{number:,.4f}" if abs(number) < 10 else f"{number:,.1f}"
+
+
+def _uri(picture: bytes) -> str:
+    """Make a picture part of the page."""
+    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 def _svg(figure: Figure) -> object:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from slipway.reporting import Chapter, Note, Plot, Table, Tile, canvas, write_html
+from slipway.reporting import Chapter, Gallery, Note, Plot, Table, Thumbnail, Tile, canvas, write_html
 
 EVIL = "<script>alert('x')</script>&\""
 
@@ -20,10 +20,12 @@ def written(path: Path) -> str:
     figure, axes = canvas(f"x {EVIL}", "y")
     axes.plot([1, 2, 3], [1, 4, 9], label=EVIL)
     axes.legend()
-    blocks: list[Table | Plot | Note] = [
+    blocks: list[Table | Plot | Note | Gallery] = [
         Note(EVIL, "failed"),
         Table(EVIL, ("name", "count"), [(EVIL, 1234567), (None, None)]),
         Plot(EVIL, figure),
+        Gallery(EVIL, [Thumbnail([b"\x89PNG...", b"\xff\xd8..."], EVIL, "warning")]),
+        Gallery("nothing", []),
     ]
     write_html(path, EVIL, EVIL, [Tile(EVIL, EVIL, "warning")], [Chapter(EVIL, blocks)])
     return path.read_text()
@@ -55,12 +57,13 @@ class Elements(HTMLParser):
 def test_every_text_is_escaped_and_every_element_closed(page: str) -> None:
     elements = Elements(page)
     assert "script" not in elements.seen
-    assert page.count("&lt;script&gt;") >= 9
+    assert page.count("&lt;script&gt;") >= 11
     assert elements.open == []
+    assert page.count('src="data:image/png;base64,') == page.count('src="data:image/jpeg;base64,') == 1
 
 
 def test_the_page_loads_nothing(page: str) -> None:
-    assert not re.search(r"https?://|//[a-z]|@import|url\((?!#)|<link|<img", page)
+    assert not re.search(r"https?://|//[a-z]|@import|url\((?!#)|<link|<img(?! src="data:)", page)
 
 
 def test_a_plot_is_drawn_inline_in_the_colours_of_the_page(page: str) -> None:

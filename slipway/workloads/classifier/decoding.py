@@ -3,7 +3,7 @@
 A picture is made square by squashing it, not by cutting: what is at its edges stays, and a rotation by EXIF commutes
 with it. JPEGs are decoded by libjpeg-turbo at the smallest of its scales (eighths, in the frequency domain) that is
 still large enough; `benchmarks/decoding.py` has the figures that chose it. All else, and a JPEG that is odd (CMYK) or
-that libjpeg-turbo complains of, is read by Pillow. Averaging over areas makes the rest of the way.
+that libjpeg-turbo complains of, is read by Pillow, which also makes the rest of the way to the square.
 
 Nothing is decoded before its bytes and its pixels are known to be within limits, and only plain formats are read: no
 EPS, for which Pillow starts a program.
@@ -53,7 +53,7 @@ class Picture:
     format: str
     """What it is, whatever its name says: one of FORMATS."""
     width: int
-    """As stored, before a rotation."""
+    """Upright."""
     height: int
     notes: tuple[str, ...]
     """What is unusual about it: cmyk, grey, palette, alpha, deep (over 8 bits), animated, rotated."""
@@ -73,6 +73,8 @@ def decode(data: bytes, side: int, limits: Limits) -> Picture:
     pixels = _jpeg(data, side) if fast else None
     if pixels is None:
         pixels = _pillow(image, side)
+    if 5 <= orientation <= 8:
+        width, height = height, width
     return Picture(_upright(pixels, orientation), str(image.format), width, height, notes)
 
 
@@ -162,10 +164,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _squash(image: Image.Image, side: int) -> Pixels:
-    # Averaging over areas is the fastest that does not alias, but leaves blocks where a picture grows.
-    grows = min(image.size) < side
-    square = image.resize((side, side), Image.Resampling.BICUBIC if grows else Image.Resampling.BOX)
-    return np.asarray(square)
+    # A triangle over all that falls on a pixel: averaging over boxes is a quarter of a millisecond faster, but leaves
+    # jagged edges where a reduced JPEG is little larger than the square.
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
