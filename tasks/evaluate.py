@@ -75,7 +75,11 @@ def run(params: Params, report: Report) -> None:
     for key, value in found.items():
         report[key] = value
     trained = artifacts.read_json(CURVE) if CURVE.exists() else {}
-    page.write(PAGE, found, latencies, trained, scoring.examples(runs[sealed.recipe], samples, PACKAGE))
+    run, more = runs[sealed.recipe], getattr(scoring, "chapters", None)
+    page.write(
+        *(PAGE, found, latencies, trained, scoring.examples(run, samples, PACKAGE)),
+        more=more(run, samples, PACKAGE) if more is not None else (),
+    )
     _tell(judged)
 
 

@@ -18,6 +18,7 @@ def write(
     latencies: Mapping[str, npt.NDArray[np.float64]],
     trained: Mapping[str, Any],
     examples: tuple[Sequence[str], Sequence[Sequence[object]]],
+    more: Sequence[Chapter] = (),
 ) -> None:
     """Write the page.
 
@@ -27,6 +28,7 @@ def write(
         latencies: of single predictions in ms, by precision.
         trained: reports/train.json, for its learning curve; empty if there is none.
         examples: header and rows of a table of answers.
+        more: chapters that the workload adds.
     """
     served, metric = found["served"], found["metric"]
     verdict: Verdict = "passed" if found["passed"] else "failed"
@@ -43,6 +45,7 @@ def write(
         Chapter("Training", _training(trained, metric)),
         Chapter("Latency", [_speed(found), _histogram(latencies)]),
         Chapter("What it answers", [Table("random test samples; a tick marks the true one", *examples)]),
+        *more,
     ]
     write_html(path, "Evaluation", subtitle, tiles, chapters)
 

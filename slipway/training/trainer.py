@@ -70,7 +70,7 @@ class Trainer:
     def __init__(self, rank: int, world_size: int, meeting: str, job: Job, resume: Path | None = None) -> None:
         import torch
 
-        from slipway.training import communication, engine, meter, snapshots, sparse
+        from slipway.training import communication, engine, meter, snapshots, sparse, statistics
 
         self.rank, self.world_size, self.job, self.torch, self.tool = rank, world_size, job, torch, engine
         engine.join(rank, world_size, meeting)
@@ -85,7 +85,13 @@ class Trainer:
         self.live = live.Live(job.run if rank == 0 else "")
         self.meter = meter.Meter(self.task.unit, job.train.precision, self.engine.device, self.live.tell)
         self.guard = Guard(job.train)
-        self.kept: dict[str, Stateful] = {"communication": self.reducer, "meter": self.meter, "guard": self.guard}
+        self.statistics = statistics.Statistics(self.engine.module)
+        self.kept: dict[str, Stateful] = {
+            "communication": self.reducer,
+            "meter": self.meter,
+            "guard": self.guard,
+            "statistics": self.statistics,
+        }
         self.state = State(ranks=world_size)
         self.best: dict[str, Array] = {}
         self.saved = self.began = time.monotonic()
@@ -199,6 +205,7 @@ class Trainer:
         return replace(self.state, seconds=self.state.seconds + time.monotonic() - self.began)
 
     def _end_epoch(self, batches: int) -> None:
+        self.statistics.average()
         with self.tool.evaluating(self.engine) as module:
             metric, count = self.task.validate(module, self.rank)
         lost = self.state.lost

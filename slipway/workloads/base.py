@@ -8,7 +8,8 @@ A stage calls the interface below and knows nothing of any workload. Adding one 
     expectations.py  suite, frames and plots that `validate` checks and shows
     training.py      TASK: model, samples and loss for the training loop; the metric
     export.py        EXPORT: ONNX, calibration samples, golden inputs; replay(): held-out requests; muddle(): a bad copy
-    scoring.py       samples, METRIC and other scores of an exported model, slices, examples, what is unknown to it
+    scoring.py       samples, METRIC and other scores of an exported model, slices, examples, what is unknown to it;
+                     chapters(run, samples, package), if there is one: what it adds to the page of `evaluate`
     schema.py        ENDPOINT: the friendly endpoint of the model server
 
 `part(workload, module)` imports one of them, so that a stage loads only what it needs: a replica never imports torch.

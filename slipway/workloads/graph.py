@@ -39,9 +39,9 @@ class Graph:
         return name
 
     def constant(self, value: Any, name: str | None = None) -> str:
-        """Add a constant, or find it by its name."""
+        """Add a constant, or find it by its name; a number has no dimensions: only so are sums in INT8 fused."""
         name = name or f"constant{len(self.constants)}"
-        self.constants.setdefault(name, np.ascontiguousarray(value))
+        self.constants.setdefault(name, np.asarray(value, order="C"))
         return name
 
     def ints(self, *values: int) -> str:
