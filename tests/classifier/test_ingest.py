@@ -6,9 +6,7 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,7 @@ from slipway import artifacts
 from slipway.errors import DataError
 from slipway.workloads.classifier import images, sources
 from tests.classifier import data
-from tests.conftest import ROOT
+from tests.conftest import ROOT, until
 
 CLASSES = {"cat": 40, "dog": 30, "tree": 20}
 CLOTHING = ROOT.parent / "shared/data/clothing"
@@ -210,22 +208,14 @@ def test_an_ingest_that_is_killed_leaves_no_process_and_can_be_run_again(tmp_pat
     command = [sys.executable, "-m", "tasks.ingest"]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "SLIPWAY_HOME": str(tmp_path / "home")}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
-    until(lambda: any(tmp_path.glob("data/.ingest.*/pixels-00000.npy")), "it began to write")
+    until(lambda: any(tmp_path.glob("data/.ingest.*/pixels-00000.npy")))  # it began to write
     process.send_signal(signal.SIGKILL)
     process.wait()
-    until(lambda: not _readers(tmp_path), "its readers ended with it")
+    until(lambda: not _readers(tmp_path), seconds=60)  # its readers ended with it
     assert not (tmp_path / "data/ingest").exists()
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     assert images.load(tmp_path / "data/ingest").meta["contents"] == 300
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["ingest"]
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    for _ in range(600):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"not within 30 s: {what}")
 
 
 def _readers(folder: Path) -> list[str]:
