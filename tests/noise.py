@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -63,11 +64,18 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
             break
         if reports[0].failed:  # what a fixture of the whole module raised is kept: it has to be made anew
             item.session._setupstate.teardown_exact(None)
-        item.config.stash[_again].append(f"{item.nodeid}: the machine stood still for {measured.late_s:.2f} s")
+        told = f"{item.nodeid}: the machine stood still for {measured.late_s:.2f} s: {_reason(reports)}"
+        item.config.stash[_again].append(told)
     for report in reports:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
+
+
+def _reason(reports: Sequence[pytest.TestReport]) -> str:
+    """The first line of what went wrong."""
+    crash = getattr(next(report for report in reports if report.failed).longrepr, "reprcrash", None)
+    return str(crash.message).splitlines()[0] if crash else "unknown"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
