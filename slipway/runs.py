@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 import urllib.error
 import urllib.parse
@@ -16,8 +17,10 @@ from typing import Any
 from slipway import loopback
 from slipway.errors import PlatformError, TransientError
 
-TIMEOUT_S = 30.0
+TIMEOUT_S, TRIES = 30.0, 4  # of one call; of a question that only reads
 ENDED = frozenset({"success", "failed"})
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class Airflow:
     def _last_line(self, path: str, task: str, attempt: int) -> str:
         try:
             content = self._call("GET", f"{path}/taskInstances/{task}/logs/{attempt}")["content"]
-        except PlatformError:  # the log of a task that has just begun is not there yet
+        except (PlatformError, TransientError):  # the log of a task that has just begun is not there yet
             return ""
         lines = [str(entry.get("event", "")).strip() for entry in content if isinstance(entry, dict)]
         told = [line for line in lines if line and not line.startswith("::")]
@@ -132,6 +135,12 @@ class Airflow:
     def _call(self, method: str, path: str, body: Any = None) -> Any:
         if not self._token:
             self._token = self._request("POST", "/auth/token", self._credentials)["access_token"]
+        for _ in range(TRIES - 1 if method == "GET" else 0):  # on a busy machine it may answer late
+            try:
+                return self._request(method, path, body)
+            except TransientError as error:
+                log.info("asking again: %s", error)
+                time.sleep(1.0)
         return self._request(method, path, body)
 
     def _request(self, method: str, path: str, body: Any) -> Any:
