@@ -41,7 +41,7 @@ def test_a_reduced_jpeg_is_what_pillow_makes_of_the_whole(
     content = faults.jpeg(data.picture(seed, width, height), quality=quality)
     found = decoding.decode(content, side, LIMITS)
     assert (found.width, found.height, found.format, found.notes) == (width, height, "JPEG", ())
-    assert np.abs(found.pixels - reference(content, side)).mean() < 10  # of 255, and these are bold; photos: below
+    assert np.abs(found.pixels - reference(content, side)).mean() < 15  # of 255, and these are bold; photos: below
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
