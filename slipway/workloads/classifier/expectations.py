@@ -156,7 +156,7 @@ def _sides(files: Files) -> Plot:
     width, height = (files.table[name].drop_null().to_numpy() for name in ("width", "height"))
     shorter = np.minimum(width, height)
     figure, axes = canvas("shorter side, px", "pictures")
-    axes.hist(shorter, bins=50)
+    axes.hist(shorter, bins=50, range=(0, 1.05 * float(shorter.max())))
     size = files.data.image_size
     axes.axvline(size, color=PALETTE[3], linewidth=1)
     small = int((shorter < size).sum())

@@ -24,8 +24,12 @@ Bytes = npt.NDArray[np.uint8]
 
 LOOK = 32
 """Side of the small copy, in pixels."""
-CONFIRMED = 0.97
-"""Least correlation of two small copies that confirms a pair."""
+CONFIRMED = 0.98
+"""Least correlation of two small copies that confirms a pair.
+
+Of 300 photos saved again as JPEG of quality 30, at half the size, or a fifth brighter, over 99 % are found and no other;
+cut by a hundredth at each edge 81 %, by a fortieth 7 %. Of 3,409 photos of clothes on the same few grounds one pair is
+found, and it is one photo under two labels."""
 CHUNK = 256
 """Pictures, or pairs, whose copies are held at once beside those of a block."""
 BLOCK = 1 << 10
