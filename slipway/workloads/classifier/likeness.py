@@ -27,9 +27,9 @@ LOOK = 32
 CONFIRMED = 0.98
 """Least correlation of two small copies that confirms a pair.
 
-Of 300 photos saved again as JPEG of quality 30, at half the size, or a fifth brighter, over 99 % are found and no other;
-cut by a hundredth at each edge 81 %, by a fortieth 7 %. Of 3,409 photos of clothes on the same few grounds one pair is
-found, and it is one photo under two labels."""
+Of 300 photos saved again as JPEG of quality 30, at half the size, or a fifth brighter, over 99 % are found and no
+other; cut by a hundredth at each edge 81 %, by a fortieth 7 %. Of 3,409 photos of clothes on the same few grounds one
+pair is found, and it is one photo under two labels."""
 CHUNK = 256
 """Pictures, or pairs, whose copies are held at once beside those of a block."""
 BLOCK = 1 << 10
