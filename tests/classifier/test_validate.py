@@ -147,8 +147,8 @@ def test_a_class_without_training_pictures_stops_the_run(validated: Validate) ->
 def test_dvc_runs_ingest_and_validate_for_the_classifier(clean: Path, tmp_path: Path) -> None:
     """In a checkout of its own, as a DAG run has it."""
     place = tmp_path / "checkout"
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    for name in tracked:
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split():
         if name.startswith(("slipway/", "tasks/")) or name in ("dvc.yaml", "requirements.lock", "embedded"):
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, place / name)

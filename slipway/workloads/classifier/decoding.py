@@ -32,6 +32,7 @@ from slipway.errors import PictureError
 Pixels = npt.NDArray[np.uint8]
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+END_OF_JPEG = b"\xff\xd9"
 ORIENTATION = 0x0112  # the tag of EXIF
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, ArithmeticError)
 """What Pillow's readers raise over bytes that are not what they say."""
@@ -64,8 +65,14 @@ class Picture:
     """What is unusual about it: cmyk, grey, palette, alpha, deep (over 8 bits), animated, rotated."""
 
 
-def decode(data: bytes, side: int, limits: Limits) -> Picture:
+def decode(data: bytes, side: int, limits: Limits, squashed: Pixels | None = None) -> Picture:
     """Read a picture into a square of `side` pixels, upright, over white where it is transparent.
+
+    Args:
+        data: the file.
+        side: of the square, in pixels.
+        limits: what the picture may be.
+        squashed: the square as it is stored, if a GPU has decoded what `plain` let through.
 
     Raises:
         PictureError: empty, huge, not_an_image, tiny, truncated.
@@ -74,13 +81,26 @@ def decode(data: bytes, side: int, limits: Limits) -> Picture:
     orientation = _orientation(image)
     notes = _notes(image, orientation)
     width, height = image.size
-    fast = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
-    pixels = _jpeg(data, side) if fast else None
+    pixels = squashed
+    if pixels is None and _fast(image):
+        pixels = _jpeg(data, side)
     if pixels is None:
         pixels = _pillow(image, side)
     if 5 <= orientation <= 8:
         width, height = height, width
     return Picture(_upright(pixels, orientation), str(image.format), width, height, notes)
+
+
+def plain(data: bytes, limits: Limits) -> bool:
+    """Whether the header is that of an ordinary JPEG within limits, and the file is not cut: safe to give to a GPU."""
+    try:
+        return _fast(_open(data, limits)) and data.endswith(END_OF_JPEG)
+    except PictureError:
+        return False
+
+
+def _fast(image: Image.Image) -> bool:
+    return image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
 
 
 def _open(data: bytes, limits: Limits) -> Image.Image:

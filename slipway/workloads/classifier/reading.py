@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from slipway.errors import PictureError, TransientError
-from slipway.workloads.classifier import decoding, likeness
+from slipway.workloads.classifier import dali, decoding, likeness
 from slipway.workloads.classifier.decoding import Limits, Pixels
 from slipway.workloads.classifier.sources import Entry
 
@@ -79,21 +79,39 @@ class Reader:
     side: int
     limits: Limits
 
-    def read(self, entry: Entry) -> Seen:
-        """Read one file, whatever is wrong with it."""
+    def read(self, entries: Sequence[Entry]) -> list[Seen]:
+        """Read a batch of files, whatever is wrong with them."""
+        loaded = [self._load(entry) for entry in entries]
+        squares = self._by_gpu([one if isinstance(one, bytes) else b"" for one in loaded])
+        return [
+            self._look(entry, one, square) if isinstance(one, bytes) else one
+            for entry, one, square in zip(entries, loaded, squares, strict=True)
+        ]
+
+    def _load(self, entry: Entry) -> bytes | Seen:
         path, size = self.root / entry.name, 0
         try:
             size = path.stat().st_size
             if size > self.limits.max_bytes:
-                detail = f"{size:,} bytes, over {self.limits.max_bytes:,}"
-                return Seen(entry, b"", b"", size, "huge", detail)
+                return Seen(entry, b"", b"", size, "huge", f"{size:,} bytes, over {self.limits.max_bytes:,}")
             with path.open("rb") as file:
-                data = file.read(self.limits.max_bytes + 1)  # it may have grown meanwhile
+                return file.read(self.limits.max_bytes + 1)  # it may have grown meanwhile
         except OSError as error:
             return Seen(entry, b"", b"", size, "unreadable", str(error.strerror))
+
+    def _by_gpu(self, files: Sequence[bytes]) -> list[Pixels | None]:
+        """Squares of those that a GPU decodes; None for all others, and for all where there is none."""
+        squares: list[Pixels | None] = [None] * len(files)
+        if dali.available():
+            at = [number for number, data in enumerate(files) if decoding.plain(data, self.limits)]
+            for number, square in zip(at, dali.decode([files[number] for number in at], self.side), strict=True):
+                squares[number] = square
+        return squares
+
+    def _look(self, entry: Entry, data: bytes, square: Pixels | None) -> Seen:
         digest = hashlib.sha256(data).digest()
         try:
-            picture = decoding.decode(data, self.side, self.limits)
+            picture = decoding.decode(data, self.side, self.limits, square)
         except PictureError as error:
             return Seen(entry, data, digest, len(data), error.fault, str(error), thumb=_thumb(data, error.fault))
         ending, notes = PurePosixPath(entry.name).suffix.lower(), picture.notes
@@ -111,10 +129,6 @@ class Reader:
             pixels=picture.pixels,
             hash=likeness.difference_hash(picture.pixels),
         )
-
-    def read_all(self, entries: Sequence[Entry]) -> list[Seen]:
-        """Read a batch of files."""
-        return [self.read(entry) for entry in entries]
 
 
 def _thumb(data: bytes, fault: str) -> bytes | None:
@@ -148,14 +162,14 @@ def read(reader: Reader, entries: Sequence[Entry], processes: int | None = None)
     batches = (entries[at : at + BATCH] for at in range(0, len(entries), BATCH))
     if processes <= 1:
         for batch in batches:
-            yield from reader.read_all(batch)
+            yield from reader.read(batch)
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_end_with_parent) as pool:
         under_way: deque[tuple[Sequence[Entry], Future[list[Seen]]]] = deque()
         try:
             for batch in batches:
-                under_way.append((batch, pool.submit(reader.read_all, batch)))
+                under_way.append((batch, pool.submit(reader.read, batch)))
                 if len(under_way) > AHEAD * processes:
                     yield from _result(*under_way.popleft())
             while under_way:
