@@ -7,13 +7,12 @@
     auto                    hierarchical, and compressed where a trial in the first steps shows that it pays
 
 All but flat work at ZeRO 0, where the engine leaves whole gradients; from ZeRO 1 on its optimizer reduces them itself.
-Which process is on which node is read from the variables of torchrun. The compression is in powersgd.py.
+Which process is on which node is in nodes.py; what is sent when it is compressed in compressor.py.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,141 +24,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slipway.config import CommunicationParams, TrainParams
-from slipway.errors import SlipwayError
-from slipway.training import precision, watch
-from slipway.training.powersgd import Layout, PowerSGD, auto_rank, decode, layout, pack, unpack
+from slipway.training import precision, rows
+from slipway.training.compressor import Compressor, Message, Plan, awaited, decode, plan
+from slipway.training.nodes import Links, Nodes, discover
+from slipway.training.powersgd import SHARE, pack, unpack
 
 TRIALS = 5  # steps in which `auto` times both ways, after a first one that opens the connections
 PAYS = 1.1  # compression loses something, so it has to make a step this much faster
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Place:
-    """One process as its launcher names it."""
-
-    rank: int
-    node: int
-    local_rank: int
-    local_world_size: int
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """Which process is where."""
-
-    ranks: tuple[tuple[int, ...], ...]
-    """Ranks of each node in the order of their local ranks, as many on each; the first leads."""
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return len(self.ranks) * len(self.ranks[0])
-
-    def of(self, rank: int) -> tuple[int, ...]:
-        """Ranks of the node that `rank` is on."""
-        return next(ranks for ranks in self.ranks if rank in ranks)
-
-
-def place(environment: Mapping[str, str] = os.environ) -> Place:
-    """Read RANK, GROUP_RANK, LOCAL_RANK and LOCAL_WORLD_SIZE, as torchrun and the local launcher set them.
-
-    Raises:
-        SlipwayError: one is missing or no number.
-    """
-    names = ("RANK", "GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    wrong = [f"{name}={environment.get(name, '')}" for name in names if not environment.get(name, "").isdecimal()]
-    if wrong:
-        raise SlipwayError(
-            f"training: the launcher's environment does not tell the nodes ({', '.join(wrong)}); start with torchrun, "
-            "or set these variables as it does, or use train.communication.method: flat"
-        )
-    return Place(*(int(environment[name]) for name in names))
-
-
-def nodes(places: Sequence[Place]) -> Nodes:
-    """Make the map of the nodes from what every process was told, in the order of ranks.
-
-    Raises:
-        SlipwayError: the places contradict one another, or the nodes are of unequal size.
-    """
-    for rank, each in enumerate(places):
-        if each.rank != rank:
-            raise SlipwayError(f"training: the process of rank {rank} was told RANK={each.rank}; set it right")
-    found: dict[int, list[Place]] = {}
-    for each in sorted(places, key=lambda each: (each.node, each.local_rank)):
-        found.setdefault(each.node, []).append(each)
-    for node, here in found.items():
-        told = {each.local_world_size for each in here}
-        if told != {len(here)} or [each.local_rank for each in here] != list(range(len(here))):
-            raise SlipwayError(
-                f"training: node {node} (GROUP_RANK) has the ranks {[each.rank for each in here]} with LOCAL_RANK "
-                f"{[each.local_rank for each in here]} and LOCAL_WORLD_SIZE {sorted(told)}, which contradict one "
-                "another; start with torchrun, or set these variables as it does"
-            )
-    if len({len(here) for here in found.values()}) > 1:
-        sizes = {node: len(here) for node, here in found.items()}
-        raise SlipwayError(
-            f"training: the nodes run unequal numbers of processes ({sizes}); start as many on each, or use "
-            "train.communication.method: flat"
-        )
-    return Nodes(tuple(tuple(each.rank for each in here) for here in found.values()))
-
-
-def discover(device: torch.device | str) -> Nodes:
-    """Gather the places of all processes; each of them calls this.
-
-    Raises:
-        SlipwayError: the map is incomplete, contradictory or uneven.
-    """
-    here = place()
-    mine = torch.tensor([here.rank, here.node, here.local_rank, here.local_world_size], device=device)
-    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, mine)
-    return nodes([Place(*each.tolist()) for each in gathered])
-
-
-class Links:
-    """The process groups of a map of nodes, and a count of what goes between the nodes."""
-
-    def __init__(self, where: Nodes, rank: int) -> None:
-        self.where, self.rank, self.mine = where, rank, where.of(rank)
-        self.leads = rank == self.mine[0]
-        self.leaders = tuple(ranks[0] for ranks in where.ranks)
-        self.between = dist.new_group(list(self.leaders))
-        groups = {ranks: dist.new_group(list(ranks)) for ranks in where.ranks if len(ranks) > 1}
-        self.inside = groups.get(self.mine)
-        self.sent_bytes = self.sent_all_bytes = 0.0
-
-    def mean(self, buffer: Tensor) -> None:
-        """Average a buffer among all processes."""
-        dist.all_reduce(buffer.div_(self.where.world_size))
-
-    def lead_mean(self, buffer: Tensor) -> None:
-        """Average a buffer among the leaders, who alone call this."""
-        dist.all_reduce(buffer.div_(len(self.leaders)), group=self.between)
-
-    def gather(self, buffer: Tensor) -> None:
-        """Average a buffer inside the node; the leader has it, on the others it is used up."""
-        buffer.div_(len(self.mine))
-        if self.inside is not None:
-            dist.reduce(buffer, self.mine[0], group=self.inside)
-
-    def hand_out(self, buffer: Tensor) -> None:
-        """Give the leader's buffer to its node."""
-        if self.inside is not None:
-            dist.broadcast(buffer, self.mine[0], group=self.inside)
-
-    def count(self, size_bytes: float, ring: Sequence[int]) -> None:
-        """Count an all-reduce in a ring, as gloo and NCCL do it: each sends 2 (k - 1) / k of it to the next of k."""
-        following = dict(zip(ring, [*ring[1:], ring[0]], strict=True))
-        crossing = [a for a, b in following.items() if self.where.of(a) != self.where.of(b)]
-        each = 2 * (len(ring) - 1) / len(ring) * size_bytes
-        mine = each if self.rank in crossing else 0.0
-        watch.sent(mine)
-        self.sent_bytes += mine
-        self.sent_all_bytes += each * len(crossing)
 
 
 @dataclass
@@ -188,6 +61,8 @@ class Reducer:
         """What the gradients are multiplied by (fp16); the memory is kept free of it."""
         self.steps = 0
         self.trial = Trial()
+        self.touched: list[int] = []
+        """Most rows of each gradient that this peer, or any at the time of the last plan, touched in a step."""
         self._set(None)
 
     def reduce(self, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -207,6 +82,7 @@ class Reducer:
 
     def forget(self) -> None:
         """Drop the memory: the parameters mean something else from now on, such as newly selected rows."""
+        self.touched = []
         self._set(None)
 
     def figures(self) -> dict[str, float]:
@@ -216,70 +92,113 @@ class Reducer:
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint keeps of this process: tensors and plain values."""
         sent = [self.links.sent_bytes, self.links.sent_all_bytes]
-        state: dict[str, Any] = {"steps": self.steps, "compresses": self.compresses, "sent": sent}
-        if self.layout is not None:
-            state |= {"shapes": [list(shape) for shape in self.layout.shapes], "rank": self.layout.rank}
-        if self.memory is not None:
-            state |= {"errors": self.memory.errors, "queries": self.memory.queries}
-        return state
+        told = (
+            None if self.plan is None else [list(map(list, self.plan.shapes)), list(self.plan.tables), self.plan.rank]
+        )
+        state = {"steps": self.steps, "compresses": self.compresses, "sent": sent, "touched": self.touched}
+        return state | {"plan": told, "memory": None if self.memory is None else self.memory.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
-        self.steps, self.compresses = state["steps"], state["compresses"]
+        self.steps, self.compresses, self.touched = state["steps"], state["compresses"], list(state["touched"])
         self.links.sent_bytes, self.links.sent_all_bytes = state["sent"]
-        known = "shapes" in state
-        self._set(layout([tuple(shape) for shape in state["shapes"]], state["rank"]) if known else None)
+        self._set(None)
+        if state["plan"] is not None:
+            shapes, tables, rank = state["plan"]
+            self._set(Plan(tuple(map(tuple, shapes)), tuple(tables), rank))
         if self.memory is not None:
-            self.memory.errors = [error.to(self.device) for error in state["errors"]]
-            self.memory.queries = [query.to(self.device) for query in state["queries"]]
+            self.memory.load_state_dict(state["memory"], self.device)
 
-    def _set(self, found: Layout | None) -> None:
-        self.layout = found
-        compresses = found is not None and (self.links.leads or not self.hierarchical)
-        self.memory = PowerSGD(found, self.device) if found is not None and compresses else None
+    def _set(self, told: Plan | None) -> None:
+        self.plan = told
+        self.memory = Compressor(told, self.device) if told is not None and self._sends else None
 
-    def _plain(self, grads: Sequence[Tensor]) -> None:
-        links, buffer = self.links, pack(grads)
-        if self.hierarchical:
-            links.gather(buffer)
-            if links.leads:
-                links.lead_mean(buffer)
-            links.hand_out(buffer)
-        else:
-            links.mean(buffer)
-        links.count(buffer.nbytes, self._ring)
-        _write(unpack(buffer, [grad.shape for grad in grads]), grads)
-
-    def _compressed(self, grads: Sequence[Tensor]) -> None:
-        shape, links, scale = self._layout(grads), self.links, self.loss_scale()
-        buffer = pack(grads).float().div_(scale)
-        if self.hierarchical:
-            links.gather(buffer)
-        if self.memory is not None:
-            *tensors, _ = unpack(buffer, shape.shapes)
-            message = self.memory.encode(tensors, links.lead_mean if self.hierarchical else links.mean)
-        else:
-            message = buffer.new_empty(shape.elements)
-        if self.hierarchical:
-            links.hand_out(message)
-        links.count(shape.size_bytes, self._ring)
-        _write(decode(shape, message.mul_(scale)), grads)
-
-    def _layout(self, grads: Sequence[Tensor]) -> Layout:
-        shapes = tuple(tuple(grad.shape) for grad in grads)
-        if self.layout is None or self.layout.shapes != shapes:
-            size = sum(grad.nbytes for grad in grads)
-            rank = auto_rank(shapes, size) if self.rank == "auto" else self.rank
-            found = layout(shapes, rank)
-            ratio = size / found.size_bytes
-            log.info("gradients compressed: rank=%d sent=1/%.1f of %.2f MB", rank, ratio, size / 1e6)
-            self._set(found)
-        assert self.layout is not None
-        return self.layout
+    @property
+    def _sends(self) -> bool:
+        return self.links.leads or not self.hierarchical
 
     @property
     def _ring(self) -> Sequence[int]:
         return self.links.leaders if self.hierarchical else range(self.links.where.world_size)
+
+    def _plain(self, grads: Sequence[Tensor]) -> None:
+        links, buffer, shapes = self.links, pack(grads), [grad.shape for grad in grads]
+        if self.hierarchical:
+            links.gather(buffer)
+        if self.compresses is not False and self._sends:
+            self._count(unpack(buffer, shapes)[:-1])
+        if not self.hierarchical:
+            links.mean(buffer)
+        else:
+            if links.leads:
+                links.lead_mean(buffer)
+            links.hand_out(buffer)
+        links.count(buffer.nbytes, self._ring)
+        _write(unpack(buffer, shapes), grads)
+
+    def _compressed(self, grads: Sequence[Tensor]) -> None:
+        links, scale = self.links, self.loss_scale()
+        buffer = pack(grads).float().div_(scale)
+        if self.hierarchical:
+            links.gather(buffer)
+        *tensors, _ = unpack(buffer, [grad.shape for grad in grads])
+        told = self._planned(grads, tensors)
+        message = self._exchanged(told, tensors)
+        links.count(told.layout.size_bytes, self._ring)
+        links.count_gathered(message.counts[0].nbytes + message.rows[0].nbytes, self._ring)
+        means = decode(told, message)
+        _write(means if scale == 1 else [mean.mul_(scale) for mean in means], grads)
+        self._reconsider(told, grads, message)
+
+    def _exchanged(self, told: Plan, tensors: Sequence[Tensor]) -> Message:
+        """Give every process what the peers make of their tensors."""
+        links = self.links
+        if self.memory is not None:
+            mean, gather = (links.lead_mean, links.leaders_own) if self.hierarchical else (links.mean, links.everyones)
+            message = self.memory.encode(tensors, mean, gather)
+            return message.handed(links.hand_out) if self.hierarchical else message
+        return awaited(told, len(self._ring), self.device, links.hand_out)
+
+    def _planned(self, grads: Sequence[Tensor], tensors: Sequence[Tensor]) -> Plan:
+        shapes = tuple(tuple(grad.shape) for grad in grads)
+        if self.plan is not None and self.plan.shapes != shapes:
+            self.forget()
+        if self.plan is None:
+            if self._sends:
+                self._count(tensors)
+            most = torch.tensor(self.touched or [0] * len(grads), device=self.device)
+            dist.all_reduce(most, dist.ReduceOp.MAX)  # one plan for all
+            self.touched = most.tolist()
+            sizes = [grad.nbytes for grad in grads]
+            self._set(found := plan(shapes, sizes, self.touched, len(self._ring), self.rank))
+            ratio = sum(sizes) / found.traffic_bytes(self.touched, len(self._ring))
+            log.info(
+                "gradients compressed: %d of %d by rows, others in rank %d; sent=1/%.1f of %.2f MB",
+                len(found.tables),
+                len(sizes),
+                found.rank,
+                ratio,
+                sum(sizes) / 1e6,
+            )
+        assert self.plan is not None
+        return self.plan
+
+    def _count(self, tensors: Sequence[Tensor]) -> None:
+        if all(tensor.isfinite().all() for tensor in tensors):  # what overflowed (fp16) may have done so everywhere
+            now = rows.touched(tensors)
+            self.touched = [max(pair) for pair in zip(self.touched or now, now, strict=True)]
+
+    def _reconsider(self, told: Plan, grads: Sequence[Tensor], message: Message) -> None:
+        """Plan anew, the same on all processes, if a table has become too dense to travel by rows."""
+        if not told.tables:
+            return
+        now = message.counts.amax(0).tolist()
+        for i, count in zip(told.tables, now, strict=True):
+            self.touched[i] = max(self.touched[i], count)
+        chosen = rows.tables(told.shapes, self.touched, [grad.nbytes for grad in grads], len(self._ring), SHARE)
+        if chosen != list(told.tables):
+            log.warning("communication: more rows of a table are touched than before; what travels is chosen anew")
+            self._set(None)
 
     def _try(self, grads: Sequence[Tensor]) -> None:
         """Reduce as it is, and once more compressed, for the time that it takes; what comes out of that is dropped."""
@@ -307,7 +226,7 @@ class Reducer:
         rest, plain, compressed = medians.tolist()
         gain = (rest + plain) / (rest + compressed)
         self.compresses = gain >= PAYS
-        self.forget()
+        self._set(None)
         log.info(
             "communication: compression %s: a step takes %.1f ms with it, %.1f without (%.2f times as fast; it has to "
             "be %.2f); reduction alone %.1f and %.1f ms",

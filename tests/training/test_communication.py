@@ -20,11 +20,12 @@ from torch import nn
 from slipway import config
 from slipway.config import CommunicationParams, TrainParams
 from slipway.errors import ParamsError, SlipwayError, TransientError
-from slipway.training import checkpoints, communication, loop, processes, trainer
-from slipway.training.communication import Place
+from slipway.training import checkpoints, communication, loop, nodes, processes, trainer
+from slipway.training.nodes import Place
 from tests.training.test_loop import job, weights
 
 WORLD = 4  # two nodes of two
+TABLE, TOUCHED = (400, 16), 10  # items, of which each process touches so many in a step
 
 
 def settings(method: str, **turned: object) -> TrainParams:
@@ -41,13 +42,16 @@ def pretend(rank: int, size: int = 2) -> None:
 
 def parameters() -> list[nn.Parameter]:
     frozen = nn.Parameter(torch.zeros(5), requires_grad=False)
-    return [nn.Parameter(torch.zeros(shape)) for shape in ((64, 48), (48,), (32, 64), (64, 48))] + [frozen]
+    return [nn.Parameter(torch.zeros(shape)) for shape in ((64, 48), (48,), (32, 64), (64, 48), TABLE)] + [frozen]
 
 
 def fill(each: Sequence[nn.Parameter], rank: int, step: int) -> None:
     generator = torch.Generator().manual_seed(100 * step + rank)
     for i, parameter in enumerate(each):
         parameter.grad = torch.randn(parameter.shape, generator=generator) if parameter.requires_grad else None
+        if parameter.grad is not None and parameter.shape == TABLE:
+            first = (step + rank * TOUCHED) % 300
+            parameter.grad[:first], parameter.grad[first + TOUCHED :] = 0, 0
         if i == rank:  # a rank that did not use this one
             parameter.grad = None
 
@@ -76,7 +80,7 @@ def _methods(rank: int, world_size: int, meeting: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     pretend(rank)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
-    where, found = communication.discover("cpu"), {}
+    where, found = nodes.discover("cpu"), {}
     turns = {"flat": {}, "hierarchical": {}, "powersgd": {"rank": 2}, "hierarchical_powersgd": {"rank": 2}}
     for method, turned in turns.items():
         each = parameters()
@@ -99,10 +103,12 @@ def _methods(rank: int, world_size: int, meeting: str) -> dict[str, Any]:
         same = all(torch.equal(a, b) for a, b in zip(grads(whole_each), steps[-1], strict=True))
         plain = [[grad.numpy() for grad in step] for step in steps]  # tensors would not outlive their process
         found[method] = (plain, equal, same, whole.figures(), reducer.figures())
-    return {"where": where, "methods": found, "auto": _auto(rank, where), "half": _half(rank, where)}
+    return {"where": where, "methods": found, "auto": _auto(rank, where), "half": _half(rank, where)} | {
+        "dense": _dense(rank, where)
+    }
 
 
-def _auto(rank: int, where: communication.Nodes) -> list[Any]:
+def _auto(rank: int, where: nodes.Nodes) -> list[Any]:
     """Two fresh processes' worth of `auto` on loopback, where a compression cannot pay.
 
     It decides by time, so it is asked thrice if need be: something else that the machine does may mislead it.
@@ -123,30 +129,51 @@ def _auto(rank: int, where: communication.Nodes) -> list[Any]:
     return [reducer.compresses, right, other.compresses]
 
 
-def _half(rank: int, where: communication.Nodes) -> list[Any]:
+def _half(rank: int, where: nodes.Nodes) -> list[Any]:
     """fp16 as DeepSpeed leaves it: scaled gradients in half precision, one of them infinite in the fourth step."""
-    each = [nn.Parameter(torch.zeros(p.shape, dtype=torch.float16)) for p in parameters()[:4]]
+    each = [nn.Parameter(torch.zeros(p.shape, dtype=torch.float16)) for p in parameters()[:5]]
     reducer = communication.make(settings("hierarchical_powersgd", rank=8), each, where)
     scale, seen = 1024.0, []
     reducer.loss_scale = lambda: scale
     for step in range(5):
         full = parameters()
-        fill(full, WORLD, step)
+        fill(full, 9, step)  # the same on all
         for parameter, other in zip(each, full, strict=False):
             assert other.grad is not None
             parameter.grad = (other.grad / 100 * scale).half()
         if step == 3 and rank == 3:
             assert each[1].grad is not None
             each[1].grad[0] = torch.inf
-        before = [] if reducer.memory is None else [error.clone() for error in reducer.memory.errors]
+        before = [] if reducer.memory is None else [error.clone() for error in reducer.memory.power.errors]
         reducer.reduce(each)
         finite = all(bool(grad.isfinite().all()) for grad in grads(each))
-        untouched = before and reducer.memory and all(map(torch.equal, before, reducer.memory.errors))
+        untouched = before and reducer.memory and all(map(torch.equal, before, reducer.memory.power.errors))
+        if step == 4:
+            norms = [[float(grad.float().norm()) for grad in grads(one)] for one in (each, full)]
+            right = [ours / (wanted * scale / 100) for ours, wanted in zip(*norms, strict=True)]
         seen.append((finite, bool(untouched)))
         scale = scale / 2 if step == 3 else scale
     assert reducer.memory is not None or not reducer.links.leads
-    largest = max(float(e.abs().max()) for e in reducer.memory.errors) if reducer.memory else 0.0
-    return [seen, largest]
+    largest = max(float(e.abs().max()) for e in reducer.memory.power.errors) if reducer.memory else 0.0
+    return [seen, largest, right]
+
+
+def _dense(rank: int, where: nodes.Nodes) -> list[Any]:
+    """A table of which more and more rows are touched: what travels in each step, and whether all stay equal."""
+    each, found = [nn.Parameter(torch.zeros(TABLE)), nn.Parameter(torch.zeros(64, 48))], list[Any]()
+    reducer = communication.make(settings("hierarchical_powersgd", rank=4), each, where)
+    for step, count in enumerate((5, 9, 9, 100, 5)):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        for parameter in each:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        assert each[0].grad is not None
+        each[0].grad[count * (rank + 1) :], each[0].grad[: count * rank] = 0, 0
+        reducer.reduce(each)
+        kept = reducer.state_dict()
+        reducer = communication.make(settings("hierarchical_powersgd", rank=4), each, where)
+        reducer.load_state_dict(kept)
+        found.append((reducer.plan and reducer.plan.tables, everyone_has(grads(each))))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +199,7 @@ def test_every_method_starts_with_the_mean_and_keeps_replicas_equal(found: dict[
     if compressed:
         assert not torch.allclose(steps[2][0], means(2)[0], atol=1e-3), "nothing was compressed"
         torch.testing.assert_close(steps[2][1], means(2)[1], rtol=1e-5, atol=1e-6)  # a vector travels as it is
+        torch.testing.assert_close(steps[2][4], means(2)[4], rtol=0, atol=0.02)  # rows are rounded to int8
 
 
 def test_compression_among_leaders_owes_what_compression_among_all_does(found: dict[str, Any]) -> None:
@@ -182,12 +210,13 @@ def test_compression_among_leaders_owes_what_compression_among_all_does(found: d
 
 
 def test_bytes_between_nodes_are_counted_and_survive_a_kill(found: dict[str, Any]) -> None:
-    size = 4 * (64 * 48 * 2 + 48 + 32 * 64)
+    size = 4 * (64 * 48 * 2 + 48 + 32 * 64 + 400 * 16)
     _, _, _, flat, resumed = found["methods"]["flat"]
     assert flat["sent_all_bytes"] == pytest.approx(4 * 2 * (2 * 3 / 4) * size)  # two edges of the ring cross
     assert resumed == flat
     assert found["methods"]["hierarchical"][3]["sent_all_bytes"] == pytest.approx(4 * 2 * size)
-    compressed = 2 * 2 * (2 * (64 + 48) + 32 + 64) + 4 * 48  # factors in bfloat16, the vector in float32
+    compressed = 2 * 2 * (2 * (64 + 48) + 32 + 64) + 4 * 49  # factors in bfloat16, the vector and a flag in float32
+    compressed += 2 * TOUCHED * (16 + 8) + 8  # a node's rows in int8, with index and scale, and their number
     figures = found["methods"]["hierarchical_powersgd"][3]
     assert figures["sent_all_bytes"] == pytest.approx(2 * 2 * (size + compressed))
 
@@ -200,10 +229,17 @@ def test_auto_gives_the_mean_while_it_tries_and_leaves_compression_off_on_a_fast
 
 
 def test_an_overflow_reaches_every_process_and_not_the_memory(found: dict[str, Any]) -> None:
-    seen, largest = found["half"]
+    seen, largest, right = found["half"]
     assert [finite for finite, _ in seen] == [True, True, True, False, True]
     assert seen[3][1], "the memory changed in the step that overflowed"
     assert 0 < largest < 1, "the memory is free of the loss scale"
+    assert all(0.3 < ratio < 1.7 for ratio in right), "the mean has the loss scale once"
+
+
+def test_a_table_that_becomes_dense_travels_by_factors_from_then_on(found: dict[str, Any]) -> None:
+    chosen, equal = zip(*found["dense"], strict=True)
+    assert list(chosen) == [None, None, (0,), None, ()]
+    assert all(equal)
 
 
 def places(*told: tuple[int, int, int]) -> list[Place]:
@@ -211,8 +247,8 @@ def places(*told: tuple[int, int, int]) -> list[Place]:
 
 
 def test_nodes_of_any_order_are_mapped() -> None:
-    assert communication.nodes(places((0, 0, 1))).ranks == ((0,),)
-    mixed = communication.nodes(places((1, 0, 2), (0, 0, 2), (1, 1, 2), (0, 1, 2)))
+    assert nodes.nodes(places((0, 0, 1))).ranks == ((0,),)
+    mixed = nodes.nodes(places((1, 0, 2), (0, 0, 2), (1, 1, 2), (0, 1, 2)))
     assert mixed.ranks == ((1, 3), (0, 2))
     assert mixed.of(2) == (0, 2)
 
@@ -229,12 +265,12 @@ def test_nodes_of_any_order_are_mapped() -> None:
 )
 def test_a_map_that_is_uneven_or_contradicts_itself_is_refused(told: list[Place], message: str) -> None:
     with pytest.raises(SlipwayError, match=message):
-        communication.nodes(told)
+        nodes.nodes(told)
 
 
 def test_a_launcher_that_does_not_tell_the_nodes_is_refused() -> None:
     with pytest.raises(SlipwayError, match=r"LOCAL_RANK=, LOCAL_WORLD_SIZE=x\); start with torchrun"):
-        communication.place({"RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "x"})
+        nodes.place({"RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "x"})
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3, "auto"])
