@@ -32,8 +32,9 @@ lint: setup  ## ruff, mypy --strict, the layers of the library
 format: setup  ## Format the code
 	@ruff check --fix . && ruff format .
 
-bench: up  ## Every benchmark, about 20 minutes; VIDEO_GAMES=PATH adds the published comparison
-	@for claim in ingest serving verdicts path $(if $(VIDEO_GAMES),"ranker $(VIDEO_GAMES)"); do \
+bench: up  ## Every benchmark, about 20 minutes; VIDEO_GAMES=, IMAGES= add what needs them
+	@for claim in ingest serving verdicts path $(if $(VIDEO_GAMES),"ranker $(VIDEO_GAMES)") \
+		$(if $(IMAGES),"decoding $(IMAGES)"); do \
 		set -- $$claim; name=$$1; shift; echo "== $$name"; $(PY) -m benchmarks.$$name "$$@" || exit 1; done
 
 bench-training: setup  ## Training at depth, about an hour; VIDEO_GAMES=, IMAGES=, RECTOOLS= add what needs them

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,11 @@ import pytest
 from PIL import Image
 
 from slipway import artifacts
-from slipway.errors import DataError
-from slipway.workloads.classifier import images, sources
+from slipway.errors import DataError, TransientError
+from slipway.workloads.classifier import images, reading, sources
+from slipway.workloads.classifier.decoding import Limits
+from slipway.workloads.classifier.reading import Reader, Seen
+from slipway.workloads.classifier.sources import Entry
 from tests.classifier import data
 from tests.conftest import ROOT, until
 
@@ -70,8 +75,6 @@ def test_every_picture_is_in_one_part_and_stays_there_when_others_come(
 def test_the_same_source_gives_the_same_bytes_whoever_reads_it(
     ingested: images.Images, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from slipway.workloads.classifier import reading
-
     monkeypatch.setattr(reading, "FEW", 50)  # so that a second process is worth its start
     data.read(data.params(source), tmp_path / "out")
     for path in sorted(ingested.folder.iterdir()):
@@ -198,9 +201,9 @@ def test_torn_columns_are_named(source: Path, tmp_path: Path) -> None:
 
 
 def test_an_ingest_that_is_killed_leaves_no_process_and_can_be_run_again(tmp_path: Path) -> None:
-    root = data.folder(tmp_path / "source", {"b": 240})
+    root = data.folder(tmp_path / "source", {"b": 220})
     (root / "a").mkdir()
-    for number in range(60):  # slow to read, so that the first are written long before the last is read
+    for number in range(40):  # slow to read, so that the first are written long before the last is read
         data.picture(1000 + number, 1200, 900).save(root / f"a/large{number}.jpg")
     (tmp_path / "params.yaml").write_text(
         f"workload: classifier\ningest: {{source: {root}, images: {{image_size: 32}}}}\n"
@@ -214,7 +217,7 @@ def test_an_ingest_that_is_killed_leaves_no_process_and_can_be_run_again(tmp_pat
     until(lambda: not _readers(tmp_path), seconds=60)  # its readers ended with it
     assert not (tmp_path / "data/ingest").exists()
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
-    assert images.load(tmp_path / "data/ingest").meta["contents"] == 300
+    assert images.load(tmp_path / "data/ingest").meta["contents"] == 260
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["ingest"]
 
 
@@ -228,6 +231,30 @@ def _readers(folder: Path) -> list[str]:
         except OSError:
             continue
     return found
+
+
+class Dying(Reader):
+    """A reader that a decoder takes down with it."""
+
+    def read(self, entries: Sequence[Entry]) -> list[Seen]:
+        if any(entry.name == "a/020.jpg" for entry in entries):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(entries)
+
+
+def test_a_file_that_kills_its_reader_is_named(tmp_path: Path) -> None:
+    source = sources.find(str(data.folder(tmp_path / "source", {"a": 40, "b": 1})), tmp_path, 1_000_000)
+    reader = Dying(source.root, 36, Limits(1_000_000, 1_000_000, 8))
+    with pytest.raises(TransientError, match=r"between a/0\d\d.jpg and .* or a file that crashes the decoder"):
+        list(reading.read(reader, source.entries, processes=2))
+
+
+def test_a_name_that_is_no_utf_8_is_read_and_written_as_near_as_can_be(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "source")
+    data.picture(700).save(os.fsdecode(bytes(tmp_path / "source/cat") + b"/caf\xe9.jpg"))
+    read = data.read(data.params(tmp_path / "source"), tmp_path / "out")
+    assert "cat/caf\ufffd.jpg" in read.names
+    assert len(read) == 91
 
 
 @pytest.mark.skipif(not CLOTHING.exists(), reason=f"needs the photos in {CLOTHING}")
