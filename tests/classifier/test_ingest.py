@@ -182,8 +182,9 @@ def test_too_few_pictures_are_refused(tmp_path: Path, faulty: int) -> None:
         data.read(data.params(root), tmp_path / "out")
 
 
-def test_the_embedded_data_are_the_handwritten_digits(tmp_path: Path) -> None:
-    source = sources.find("embedded", tmp_path, 1000)
+def test_the_embedded_data_are_the_handwritten_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = sources.find("embedded", Path("data/.work"), 1000)  # where the stage has them
     assert len(source.entries) == 1797
     assert {entry.label for entry in source.entries} == set("0123456789")
     with Image.open(source.root / source.entries[0].name) as image:

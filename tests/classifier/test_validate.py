@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from slipway import artifacts, stage
+from slipway.errors import DataError
 from slipway.workloads.classifier import images
 from tasks import validate
 from tests.classifier import data, faults
@@ -136,6 +137,14 @@ def test_repetitions_and_contradictions_are_counted_and_named(validated: Validat
     assert rows["train/dog/held.jpg"]["fate"] == "duplicate"
     assert rows["validation/dog/002.jpg"]["fate"] == "test"
     assert {rows[f"train/{name}"]["fate"] for name in ("cat/004.jpg", "dog/torn.jpg")} == {"conflict"}
+
+
+@pytest.mark.parametrize("torn", ["files.parquet", "pairs.parquet", "meta.json"])
+def test_torn_data_are_named(validated: Validate, torn: str) -> None:
+    assert validated()[0] == 0
+    (validate.DATA / torn).unlink()
+    with pytest.raises(DataError, match="run "):
+        validate.run(data.params("pictures"), {})  # type: ignore[arg-type]  # nothing is reported
 
 
 def test_a_class_without_training_pictures_stops_the_run(validated: Validate) -> None:

@@ -76,14 +76,14 @@ def find(name: str, work: Path, max_bytes: int) -> Source:
         return _listed(name, _unpack(name, _copy(name, work), work / "unpacked", max_bytes))
     path = Path(name)
     if path.is_dir():
-        return _listed(name, path.resolve())
+        return _listed(name, path)
     if path.is_file() and name.lower().endswith(ARCHIVES):
         return _listed(name, _unpack(name, path, work / "unpacked", max_bytes))
     raise DataError(f"{name}: no such folder, and no archive ({', '.join(ARCHIVES)}); {HINT}")
 
 
 def _listed(name: str, root: Path) -> Source:
-    root = _innermost(root)
+    root = _innermost(root.resolve())
     parted = "train" in {PARTS.get(path.name.lower()) for path in _folders(root)}
     entries: list[Entry] = []
     passed_over = {"outside_of_classes": 0, "not_a_file": 0}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from slipway.errors import DataError
 from slipway.workloads.classifier import images
 from slipway.workloads.classifier.images import PARTS, Images
 
@@ -57,8 +58,16 @@ class Files:
 
 
 def read(folder: Path) -> Files:
-    """Read the tables of `folder`."""
+    """Read the tables of `folder`.
+
+    Raises:
+        DataError: a file is missing or torn; names it.
+    """
     import pyarrow.parquet
 
-    table, pairs = (pyarrow.parquet.read_table(folder / f"{name}.parquet") for name in ("files", "pairs"))
-    return Files(images.load(folder), table, pairs)
+    data = images.load(folder)
+    try:
+        table, pairs = (pyarrow.parquet.read_table(folder / f"{name}.parquet") for name in ("files", "pairs"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: torn or incomplete ({error}); run `python -m tasks.ingest` again") from error
+    return Files(data, table, pairs)
