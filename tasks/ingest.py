@@ -1,6 +1,6 @@
 """Read the source into columns that are mapped into memory, not read.
 
-Reads   ingest.source: a table of events, a text file or folder, or `embedded`, as the workload understands it
+Reads   ingest.source: a table of events, texts, folders of pictures, or `embedded`, as the workload understands it
 Writes  data/ingest (whole or absent), reports/ingest.json
 """
 
