@@ -1,6 +1,6 @@
 # The front door. `make` lists what there is.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down status test lint format bench bench-training clean
+.PHONY: help setup demo up down status test lint format bench bench-training bench-compression clean
 PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)
@@ -40,6 +40,10 @@ bench: up  ## Every benchmark, about 20 minutes; VIDEO_GAMES=, IMAGES= add what 
 bench-training: setup  ## Training at depth, about an hour; VIDEO_GAMES=, IMAGES=, RECTOOLS= add what needs them
 	@$(PY) -m benchmarks.training $(if $(VIDEO_GAMES),--video-games $(VIDEO_GAMES)) $(if $(IMAGES),--images $(IMAGES)) \
 		$(if $(RECTOOLS),--rectools $(RECTOOLS))
+
+bench-compression: setup  ## Recipes against FP32 in one engine; CLASSIFIER= and RANKER= are workspaces behind compress
+	@$(PY) -m benchmarks.compression $(if $(CLASSIFIER),--classifier $(CLASSIFIER)) $(if $(RANKER),--ranker $(RANKER)) \
+		--json benchmarks/results/compression.json
 
 clean: down  ## Remove all state of this checkout: data, models, runs, the stack's databases
 	@rm -rf .slipway data models reports .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -7,14 +7,16 @@ was chosen and why the others were not), reports/compress.html, and the variants
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from slipway import artifacts, package, stage
-from slipway.compression import build, page, pareto, recipes, search
+from slipway import artifacts, config, package, stage
+from slipway.compression import build, finetune, page, pareto, recipes, search
+from slipway.compression.finetune import Tuner
 from slipway.compression.pareto import Choice, Variant
 from slipway.compression.recipes import Recipe
 from slipway.compression.search import Form
@@ -38,10 +40,12 @@ def run(params: Params, report: Report) -> None:
     names = search.usable(params.compress.engine)
     export, scoring = part(params.workload, "export").EXPORT(DATA, TRAINED), part(params.workload, "scoring")
     tried, left_out = _tried(params, names)
+    work = config.home() / "compress" / finetune.key(params, TRAINED)
     with Progress("compress", 2 * len(tried) + 4, "steps") as progress:
         models: dict[Recipe, bytes] = {recipes.FULL: export.fp32()}
+        tuner = Tuner(params, DATA, work)
         for recipe in tried:
-            models[recipe] = build.build(recipe, export, params.compress.calibration_samples, SEED)
+            models[recipe] = build.build(recipe, export, tuner, params.compress.calibration_samples, SEED)
             progress.advance(step=recipe.name)
         with artifacts.writing(EXPORT) as beside:
             beside.mkdir()
@@ -75,6 +79,7 @@ def run(params: Params, report: Report) -> None:
     page.write(PAGE, told)
     with artifacts.writing(PLOTS) as beside:
         page.plots(beside, told)
+    shutil.rmtree(work)  # networks that were trained; a search that is killed before finds them again
     for recipe_name, reason in {**left_out, **choice.refused}.items():
         print(f"compress: {recipe_name} is not served: {reason}", file=sys.stderr)
     print(f"compress: {choice.recipe} is served: {choice.reason}", file=sys.stderr)

@@ -82,9 +82,9 @@ def _reasons(overall: Drop, slices: Mapping[str, Drop], overlap: float | None, l
         found.append(f"loses {overall.value:.1%} of the metric, {allowed}")
     if overall.verdict == "open":
         most = "any amount" if overall.high is None else f"{overall.high:.1%}"
+        told = f"{'gains' if overall.value < 0 else 'loses'} {abs(overall.value):.1%} of the metric"
         found.append(
-            f"loses {overall.value:.1%} of the metric and may lose {most} ({limits.confidence:.0%} sure, "
-            f"{overall.count:,} samples), {allowed}"
+            f"{told}, but may lose {most} ({limits.confidence:.0%} sure, {overall.count:,} samples), {allowed}"
         )
     for name, each in slices.items():
         if each.verdict == "lost":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from slipway.config import Section, TrainParams
+from slipway.workloads.base import Task
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Job:
     """The pipeline run whose MLflow run gets the figures while training lasts; empty: none does."""
     trace: Path | None = None
     """File, ending in .json.gz, that rank 0 writes a trace of a few steps into."""
+    wrap: Callable[[Task], Task] | None = None
+    """Makes another task of the workload's, in every process; pickled."""
 
 
 @dataclass(frozen=True)

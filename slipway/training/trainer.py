@@ -282,7 +282,7 @@ class Trainer:
 
 def _task(job: Job) -> Task:
     task: Task = part(job.workload, "training").TASK(job.data, job.train, job.model)
-    return task
+    return task if job.wrap is None else job.wrap(task)
 
 
 class _Silent:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import base64
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from copy import copy
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from slipway import artifacts
 from slipway.errors import ModelError
 from slipway.package import TensorSpec
-from slipway.workloads.base import Tensors
+from slipway.workloads.base import Array, Tensors
 from slipway.workloads.classifier import images
 from slipway.workloads.classifier.augmentation import view
 from slipway.workloads.classifier.graph import IMAGE, ClassifierGraph
@@ -80,6 +81,21 @@ class Export:
 
         return network(self.weights, self.about)
 
+    def example(self) -> tuple[int, ...]:
+        """Shape of an input of the network, with a batch of 2."""
+        return (2, 3, self.side, self.side)
+
+    def rounded(self) -> dict[str, str]:
+        """Modules of the network whose outputs the INT8 graph rounds, and what it calls their ranges."""
+        _, names = self.probe()
+        return {module_of(name): name for name in names}
+
+    def having(self, weights: Mapping[str, Array]) -> Export:
+        """The same with other weights, whose layers may have fewer channels."""
+        made = copy(self)
+        made.weights = dict(weights)
+        return made
+
     def calibration(self, count: int, seed: int) -> Iterator[Tensors]:
         """`count` training pictures drawn at random, as the service sees them."""
         at = np.random.default_rng([seed, 7]).permutation(self.data.of("train"))[:count]
@@ -101,6 +117,13 @@ class Export:
 
 
 EXPORT = Export
+
+
+def module_of(name: str) -> str:
+    """Path of the module in the network whose output an activation of the graph is."""
+    if name.endswith(".conv2.out"):
+        return name.removesuffix("conv2.out") + "bn2"
+    return name + ".1" if name.endswith(".downsample") else name
 
 
 def seen(data: images.Images, at: Ints) -> npt.NDArray[np.uint8]:
