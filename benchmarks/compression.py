@@ -23,9 +23,10 @@ import numpy as np
 from benchmarks.claims import Claim, tell
 from slipway import config
 from slipway.compression import engine, gate, page, recipes, search
+from slipway.compression.compiled import Torch
 from slipway.config import Params
 from slipway.serving import engines
-from slipway.workloads.base import Array, Tensors, part
+from slipway.workloads.base import part
 
 DATA, TRAINED, EXPORT, PACKAGE = (Path(p) for p in ("data/ingest", "models/trained", "models/export", "models/package"))
 TIMED = 300
@@ -47,11 +48,11 @@ class Measured:
     """[U, 10], of a workload that ranks."""
 
 
-def measure(params: Params) -> tuple[list[Measured], dict[int, float]]:
-    """Time and score every export of the workspace in every engine; and torch eager's latency, if it is asked for.
+def measure(params: Params) -> tuple[list[Measured], dict[str, dict[int, float]]]:
+    """Time and score every export of the workspace in every engine, and time torch with and without torch.compile.
 
     Returns:
-        The measurements, and the median of torch eager by batch size (empty where the workload has no network for it).
+        The measurements, and the medians of torch and torch.compile by batch size.
     """
     export, scoring = part(params.workload, "export").EXPORT(DATA, TRAINED), part(params.workload, "scoring")
     names = [name for name in engines.KINDS if not engines.absent(name)]
@@ -65,8 +66,8 @@ def measure(params: Params) -> tuple[list[Measured], dict[int, float]]:
         f"{recipe} {name}": engine.load(model, f"{recipe}.onnx", 1, name, how.precision)
         for (recipe, name), (model, how) in made.items()
     }
-    eager = _eager(params, export)
-    timed = {**runs, "eager": eager} if eager else runs
+    torch = {name: Torch(export.module(), compiled) for name, compiled in (("torch", False), ("torch.compile", True))}
+    timed = {**runs, **{name: engine.of(each) for name, each in torch.items()}}
     medians: dict[str, dict[int, float]] = {label: {} for label in timed}
     for batch in search.BATCHES:
         taken = engine.latencies_ms(timed, export.served, export.requests(batch, TIMED, SEED))
@@ -80,29 +81,7 @@ def measure(params: Params) -> tuple[list[Measured], dict[int, float]]:
         few = scoring.samples(DATA, "test", OVERLAP_OF, SEED)
         best = scoring.best(run, few, PACKAGE) if hasattr(scoring, "best") else None
         found.append(Measured(recipe, name, medians[f"{recipe} {name}"], len(model), np.concatenate(scored), best))
-    return found, medians.get("eager", {})
-
-
-def _eager(params: Params, export: Any) -> engine.Run | None:
-    """The ranker as torch runs it line by line, to the ten best items."""
-    if params.workload != "ranker":
-        return None
-    import torch
-
-    from slipway.workloads.ranker.model import Ranker
-
-    torch.set_num_threads(1)
-    model = Ranker(export.data.item_count, export.params).eval()
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in export.weights.items()}, strict=False)
-
-    def run(outputs: Sequence[str] | None, inputs: Tensors) -> Sequence[Array]:
-        with torch.inference_mode():
-            history = torch.from_numpy(inputs["history"])
-            logits = model.logits(history)
-            logits.scatter_(1, history, -torch.inf)
-            return [each.numpy() for each in logits.topk(min(100, logits.shape[1] - 1))]
-
-    return run
+    return found, {name: medians[name] for name in torch}
 
 
 def _same(found: Sequence[Measured], recipe: str) -> tuple[Measured, Measured] | None:
@@ -219,14 +198,16 @@ def main() -> int:
             params = config.load()
             if params.workload != name or not (EXPORT / "fp32.onnx").exists():
                 parser.error(f"{place}: no workspace of {name} behind tasks.compress")
-            found, eager = measure(params)
-            claims += classifier(found) if name == "classifier" else ranker(found, eager)
+            found, torch = measure(params)
+            claims += classifier(found) if name == "classifier" else ranker(found, torch["torch"])
             if drawn:
                 plot(found, part(name, "scoring").METRIC, drawn)
                 drawn = None
         for each in found:
             ms = ", ".join(f"{value:.3f} ms at batch {batch}" for batch, value in each.latency_ms.items())
             print(f"{name}: {_title(each)}: {each.values.mean():.4f}, {ms}, {_mb(each)}")
+        for kind, latency in torch.items():
+            print(f"{name}: FP32 in {kind}: " + ", ".join(f"{ms:.3f} ms at batch {b}" for b, ms in latency.items()))
     command = "python -m benchmarks.compression " + " ".join(f"--{name} DIR" for name in places)
     tell("Compression", command.strip(), claims, options.json)
     return 0

@@ -38,11 +38,11 @@ def load(model: bytes, name: str, threads: int = 1, on: str = package.ENGINE, pr
     return of(made)
 
 
-def of(made: engines.Engine) -> Run:
-    """An engine as a function of output names (None: all) and inputs."""
+def of(made: engines.Runs) -> Run:
+    """An engine as a function of output names (None: all, where it tells them) and inputs."""
 
     def run(outputs: Sequence[str] | None, inputs: Tensors) -> Sequence[Array]:
-        return made.run(inputs, made.outputs if outputs is None else outputs)
+        return made.run(inputs, getattr(made, "outputs", ()) if outputs is None else outputs)
 
     return run
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from slipway import artifacts
 from slipway.compression import build, distill, engine, prune, qat, recipes
+from slipway.compression.compiled import Torch
 from slipway.compression.finetune import Tuner
 from slipway.config import CompressParams, LoaderParams, Params, TrainParams
 from slipway.workloads.classifier.export import Export
@@ -129,3 +130,11 @@ def test_a_recipe_goes_through_the_training_loop_once_and_leaves_a_smaller_model
     written = [path.stat().st_mtime_ns for path in tuner.work.glob("*/model.json")]
     assert build.build(recipe, export, tuner, 16, 0) == model  # a search that was killed finds what it trained
     assert written == [path.stat().st_mtime_ns for path in tuner.work.glob("*/model.json")]
+
+
+def test_torch_is_an_engine_that_answers_as_onnx_runtime_does(export: Export) -> None:
+    inputs = export.requests(3, 1, 0)[0]
+    names = ["probabilities", "logits"]
+    ours = Torch(export.module(), compiled=False).run(inputs, names)
+    for mine, theirs in zip(ours, engine.load(export.fp32(), "fp32")(names, inputs), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-3)

@@ -74,6 +74,20 @@ def test_the_export_gives_the_model_s_logits_and_shows_the_best_unseen_items(his
     assert (np.diff(scores[: len(free)]) <= 0).all()
 
 
+@pytest.mark.parametrize("items", [12_900, 12_863])
+def test_the_best_of_many_items_are_found_in_their_groups(items: int) -> None:
+    torch.manual_seed(0)
+    shape = RankerParams(width=8, blocks=1, max_length=5)
+    weights = {name: value.detach().numpy() for name, value in Ranker(items, shape).state_dict().items()}
+    run = engine.load(RankerGraph(weights, shape).build(), "many")
+    history = np.random.default_rng(0).integers(1, items + 1, size=(6, 5))
+    shown, scores, logits = run(["items", "scores", "logits"], {"history": history})
+    np.put_along_axis(logits, np.pad(history, ((0, 0), (1, 0))), -np.inf, axis=1)
+    np.testing.assert_array_equal(scores, -np.sort(-logits, axis=1)[:, :100])
+    np.testing.assert_array_equal(np.take_along_axis(logits, shown, 1), scores)
+    assert all(len(set(row)) == 100 for row in shown.tolist())
+
+
 def test_int8_ranks_nearly_as_fp32_does() -> None:
     probe = RankerGraph(WEIGHTS, PARAMS)
     run = engine.load(probe.build(probe=True), "probe")

@@ -25,7 +25,7 @@ from slipway.workloads.classifier.schema import ABOUT
 from slipway.workloads.graph import Ranges
 
 if TYPE_CHECKING:
-    from slipway.workloads.classifier.model import Network
+    from slipway.workloads.classifier.model import Network, Served
 
 Ints = npt.NDArray[np.int64]
 
@@ -80,6 +80,12 @@ class Export:
         from slipway.workloads.classifier.model import network
 
         return network(self.weights, self.about)
+
+    def module(self) -> Served:
+        """The service's model in torch."""
+        from slipway.workloads.classifier.model import Served
+
+        return Served(self.network())
 
     def example(self) -> tuple[int, ...]:
         """Shape of an input of the network, with a batch of 2."""

@@ -136,6 +136,19 @@ class Training(nn.Module):
         return (share_B * first + (1 - share_B) * second).mean()
 
 
+class Served(nn.Module):
+    """The classifier as a service asks it, in torch: for comparison with the engines."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """Score the classes of pictures in bytes [B, S, S, 3]."""
+        logits = self.network(normalised(image))
+        return {"logits": logits, "probabilities": logits.softmax(1)}
+
+
 def network(weights: Mapping[str, Array], about: Mapping[str, Any]) -> Network:
     """Make the trained network again, for evaluation.
 

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from slipway.workloads.ranker import sequences
 from slipway.workloads.ranker.graph import OUTPUT, RankerGraph
 from slipway.workloads.ranker.params import RankerParams
 from slipway.workloads.ranker.sequences import padded
+
+if TYPE_CHECKING:
+    from slipway.workloads.ranker.model import Served
 
 CALIBRATION_BATCH = 64
 WIDE = 128  # inner layers narrower than this are no faster in INT8 (one thread, AVX512-VNNI): they stay FP32
@@ -67,6 +70,16 @@ class Export:
         """The model as ONNX in INT8, where it pays: the item matrix always, the other layers when they are wide."""
         chosen = {name: ends for name, ends in ranges.items() if name == OUTPUT or self.params.width >= WIDE}
         return RankerGraph(self.weights, self.params, chosen).build()
+
+    def module(self) -> Served:
+        """The service's model in torch."""
+        import torch
+
+        from slipway.workloads.ranker.model import Ranker, Served
+
+        made = Ranker(self.data.item_count, self.params)
+        made.load_state_dict({name: torch.from_numpy(value) for name, value in self.weights.items()})
+        return Served(made, self.outputs[0].shape[1] or 1)
 
     def calibration(self, count: int, seed: int) -> Iterator[Tensors]:
         """Histories of `count` users drawn at random, as the training saw them."""

@@ -21,6 +21,8 @@ from slipway.workloads.graph import Graph, Ranges, quantized
 from slipway.workloads.ranker.params import RankerParams
 
 SHOWN = 100
+GROUP = 64  # items of a group, when there are many
+WORTH = 2  # groups are worth it from this multiple of the items in the best groups on
 HIDDEN = np.float32(-1e9)
 OUTPUT = "item"  # name of the output layer among the linear layers
 
@@ -37,7 +39,7 @@ class RankerGraph:
         state = self._encode(probe)
         logits = self._linear(state, OUTPUT, self.weights["item.weight"], None, probe)
         g.output("logits", logits)
-        self._best(items)
+        self._best(logits, items)
         shown = min(SHOWN, items)
         outputs = [
             helper.make_tensor_value_info("items", TensorProto.INT64, ["B", shown]),
@@ -117,12 +119,31 @@ class RankerGraph:
             return g.op("Gemm", g.entering(x, name, probe), g.whole(weight, name, 0), transB=1)
         return g.linear(x, name, weight, bias, probe)
 
-    def _best(self, items: int) -> None:
+    def _best(self, logits: str, items: int) -> None:
         """The best items, without padding and what the history holds."""
-        g = self.graph
+        g, shown = self.graph, min(SHOWN, items)
         none = g.constant(np.float32(-np.inf), "none")
         ids = g.op("Pad", "history", g.ints(0, 1, 0, 0), g.constant(np.int64(0), "zero"))  # padding is never shown
         gone = g.op("Expand", none, g.op("Shape", ids))
-        left = g.op("ScatterElements", "logits", ids, gone, axis=1)
-        g.op("TopK", left, g.ints(min(SHOWN, items)), outputs=2, axis=1)
-        g.nodes[-1].output[:] = ["scores", "items"]
+        left = g.op("ScatterElements", logits, ids, gone, axis=1)
+        if items + 1 <= WORTH * SHOWN * GROUP:
+            best = g.op("TopK", left, g.ints(shown), outputs=2, axis=1)
+            chosen = best + ".1"
+        else:
+            best, chosen = self._grouped(left, items + 1, none)
+        g.output("scores", best)
+        g.output("items", chosen)
+
+    def _grouped(self, logits: str, count: int, none: str) -> tuple[str, str]:
+        """The best of many: they lie in the groups whose largest value is largest, and TopK is slow on long rows."""
+        g = self.graph
+        padded = g.op("Pad", logits, g.ints(0, 0, 0, -count % GROUP), none)
+        groups = g.op("Reshape", padded, g.ints(0, -1, GROUP))
+        largest = g.op("ReduceMax", groups, g.ints(2), keepdims=0)
+        top = g.op("TopK", largest, g.ints(SHOWN), outputs=2, axis=1)
+        places = g.op("Expand", g.op("Unsqueeze", f"{top}.1", g.ints(2)), g.ints(1, 1, GROUP))
+        few = g.op("Reshape", g.op("GatherElements", groups, places, axis=1), g.ints(0, -1))
+        best = g.op("TopK", few, g.ints(SHOWN), outputs=2, axis=1)
+        width = g.ints(GROUP)
+        group = g.op("GatherElements", f"{top}.1", g.op("Div", f"{best}.1", width), axis=1)
+        return best, g.op("Add", g.op("Mul", group, width), g.op("Mod", f"{best}.1", width))

@@ -112,3 +112,22 @@ class Ranker(nn.Module):
         return cross_entropy(
             state_PD, rows[history_BT.numel() :], bias_N, torch.searchsorted(item_N, target_BT[wanted])
         )
+
+
+class Served(nn.Module):
+    """The ranker as a service asks it, in torch: for comparison with the engines.
+
+    Args:
+        ranker: the trained model.
+        shown: number of items that it gives.
+    """
+
+    def __init__(self, ranker: Ranker, shown: int) -> None:
+        super().__init__()
+        self.ranker, self.shown = ranker, shown
+
+    def forward(self, history: Tensor) -> dict[str, Tensor]:
+        """The best items and their scores, without padding and what the history [B, T] holds."""
+        logits = self.ranker.logits(history).scatter(1, history, -torch.inf)
+        scores, items = logits[:, 1:].topk(self.shown)
+        return {"scores": scores, "items": items + 1}
