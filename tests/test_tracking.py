@@ -178,6 +178,29 @@ def test_a_record_holds_every_figure_and_filling_it_again_changes_nothing(home: 
     assert {a.path for a in client.list_artifacts(mlflow_run, "reports")} >= {"reports/validate.html"}
 
 
+def test_every_variant_of_compress_has_a_run_under_the_pipeline_s(home: Path, tmp_path: Path) -> None:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    variant = {"engine": "onnxruntime", "precision": "fp32", "metric": 0.5, "latency_ms": {"1": 2.0}}
+    variants = {"fp32": variant, "int8": {**variant, "precision": "int8", "metric": 0.4, "latency_ms": {"1": 1.0}}}
+    choice = {"recipe": "fp32", "reason": "int8 loses too much", "refused": {"int8": "loses 20.0% of the metric"}}
+    compressed = {"status": "done", "started": now, "variants": variants, "choice": choice, "front": ["fp32", "int8"]}
+    folder = workspace(tmp_path / "run", {"compress": compressed})
+    (folder / "reports" / "compress").mkdir()
+    (folder / "reports" / "compress" / "int8.pareto.png").write_bytes(b"a picture")
+    (parent,) = {record.record("pipeline-3", folder, succeeded=True) for _ in range(2)}
+    client = store.client()
+    found = client.search_runs(
+        [client.get_run(parent).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=10
+    )
+    children = {run.data.tags["recipe"]: run for run in found}
+    assert len(found) == 2
+    assert children["int8"].data.metrics["variant/latency_ms.1"] == 1.0
+    assert children["int8"].data.tags["reason"] == "loses 20.0% of the metric"
+    assert (children["fp32"].data.tags["served"], children["int8"].data.tags["served"]) == ("yes", "no")
+    plots = client.list_artifacts(children["int8"].info.run_id, "plots")
+    assert [artifact.path for artifact in plots] == ["plots/int8.pareto.png"]
+
+
 def test_a_run_that_was_not_promoted_makes_a_failed_record(home: Path, tmp_path: Path) -> None:
     folder = workspace(tmp_path / "run", {"train": {"status": "failed", "error": "no"}, "torn": {}})
     (folder / "reports" / "torn.json").write_text("{")
