@@ -87,4 +87,4 @@ def _refusal(variant: Variant, min_speedup: float) -> str:
 
 
 def _told(variant: Variant) -> str:
-    return "faster by " + ", ".join(f"{gain:.2f}x at batch {batch}" for batch, gain in variant.speedup.items())
+    return ", ".join(f"{gain:.2f}x as fast at batch {batch}" for batch, gain in variant.speedup.items())
