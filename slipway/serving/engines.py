@@ -87,19 +87,29 @@ class OnnxRuntime:
         return results
 
 
+@lru_cache(maxsize=1)
+def _openvino() -> Any:
+    """OpenVINO's one core of this process.
+
+    A core puts a signal stack of its own under the thread, and gives back the one before when it goes. Of two that go
+    in the order in which they came, the second gives back what the first has unmapped, and the next signal is the end.
+    """
+    import openvino  # late: optional, and a replica that does not need it should not load it
+
+    return openvino.Core()
+
+
 class OpenVino:
     """OpenVINO on one of its devices."""
 
     def __init__(self, source: Source, name: str, device: str) -> None:
-        import openvino  # late: optional, and a replica that does not need it should not load it
-
         self.name, self._lock = name, threading.Lock()
-        model = openvino.Core().read_model(source.model)
+        model = _openvino().read_model(source.model)
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if source.precision == "bf16" else "f32"}
         if device == "CPU":
             # Without pinning: every replica's thread would be pinned to the same first core.
             settings |= {"INFERENCE_NUM_THREADS": source.threads, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
-        self._request = openvino.Core().compile_model(model, device, settings).create_infer_request()
+        self._request = _openvino().compile_model(model, device, settings).create_infer_request()
         self.inputs = [port.get_any_name() for port in model.inputs]
         self.outputs = [port.get_any_name() for port in model.outputs]
 
@@ -137,19 +147,12 @@ def absent(name: str) -> str:
     if kind is None:
         return f"there is no engine {name}; there are: {', '.join(KINDS)}"
     try:
-        there = _openvino_devices() if kind.make is OpenVino else onnxruntime.get_available_providers()
+        there = _openvino().available_devices if kind.make is OpenVino else onnxruntime.get_available_providers()
     except ImportError as error:
         return f"{name} is not here ({error}): {kind.remedy}"
     if kind.target in there:
         return ""
     return f"{name} is not here (no {kind.target} among {', '.join(there)}): {kind.remedy}"
-
-
-@lru_cache(maxsize=1)
-def _openvino_devices() -> tuple[str, ...]:
-    import openvino
-
-    return tuple(openvino.Core().available_devices)
 
 
 def make(name: str, source: Source) -> Engine:

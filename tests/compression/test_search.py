@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +139,27 @@ def test_both_engines_give_the_same_answers(workspace: Path) -> None:
     assert search.overlap(items[:, :10], other_items[:, :10]) > 0.9
     with pytest.raises(ModelError, match=r"torn\.onnx: OpenVINO cannot load it"):
         engines.make("openvino", engines.Source(b"torn", "torn.onnx"))
+
+
+def test_a_signal_still_finds_its_handler_after_engines_came_and_went(workspace: Path) -> None:
+    """OpenVINO puts a signal stack under the thread; one that is gone would end the process at the next Ctrl-C."""
+    program = f"""
+import faulthandler, signal
+from pathlib import Path
+from slipway.serving import engines
+faulthandler.enable()  # has a signal stack of its own, as pytest does
+caught = []
+signal.signal(signal.SIGTERM, lambda *_: caught.append(1))
+model = Path({str(workspace / "models/export/fp32.onnx")!r}).read_bytes()
+source = {{precision: engines.Source(model, "model", precision, 1) for precision in ("fp32", "bf16")}}
+here = [engines.make("openvino", each) for each in source.values()]
+while here:
+    here.pop(0)  # the first goes first
+    signal.raise_signal(signal.SIGTERM)
+assert len(caught) == 2
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, f"ended with {ended.returncode}: {ended.stderr}"
 
 
 def test_a_model_that_fails_in_its_own_process_is_told(workspace: Path) -> None:
