@@ -156,7 +156,7 @@ class CommunicationParams(Section):
     method: Literal["flat", "hierarchical", "powersgd", "hierarchical_powersgd", "auto"] = "flat"
     """flat: DeepSpeed's own; at zero 0 also hierarchical: inside nodes first; powersgd: compressed; auto: by trial."""
     rank: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
-    """Rank of PowerSGD's factors (1..1024), or auto: the largest that sends at most a sixteenth."""
+    """Rank of PowerSGD's factors (1..1024), or auto: the largest that sends at most a sixteenth of flat."""
     warmup_steps: Annotated[int, Field(ge=2)] = 20
     """First steps that are not compressed (2 or more)."""
 

@@ -55,6 +55,8 @@ class Reducer:
     def __init__(self, links: Links, told: CommunicationParams, device: torch.device) -> None:
         self.links, self.rank, self.warmup, self.device = links, told.rank, told.warmup_steps, device
         self.hierarchical = told.method not in ("flat", "powersgd")
+        self.saves = links.where.saves if self.hierarchical else 1.0
+        self.share = SHARE / self.saves  # of flat's traffic the leaders' own is less already
         self.compresses: bool | None = None if told.method == "auto" else told.method.endswith("powersgd")
         """None: not decided yet."""
         self.loss_scale: Callable[[], float] = lambda: 1.0
@@ -170,10 +172,10 @@ class Reducer:
             dist.all_reduce(most, dist.ReduceOp.MAX)  # one plan for all
             self.touched = most.tolist()
             sizes = [grad.nbytes for grad in grads]
-            self._set(found := plan(shapes, sizes, self.touched, len(self._ring), self.rank))
-            ratio = sum(sizes) / found.traffic_bytes(self.touched, len(self._ring))
+            self._set(found := plan(shapes, sizes, self.touched, len(self._ring), self.share, self.rank))
+            ratio = self.saves * sum(sizes) / found.traffic_bytes(self.touched, len(self._ring))
             log.info(
-                "gradients compressed: %d of %d by rows, others in rank %d; sent=1/%.1f of %.2f MB",
+                "gradients compressed: %d of %d by rows, others in rank %d; sent=1/%.1f of flat for %.2f MB",
                 len(found.tables),
                 len(sizes),
                 found.rank,
@@ -195,7 +197,7 @@ class Reducer:
         now = message.counts.amax(0).tolist()
         for i, count in zip(told.tables, now, strict=True):
             self.touched[i] = max(self.touched[i], count)
-        chosen = rows.tables(told.shapes, self.touched, [grad.nbytes for grad in grads], len(self._ring), SHARE)
+        chosen = rows.tables(told.shapes, self.touched, [grad.nbytes for grad in grads], len(self._ring), self.share)
         if chosen != list(told.tables):
             log.warning("communication: more rows of a table are touched than before; what travels is chosen anew")
             self._set(None)

@@ -6,7 +6,6 @@ who send, have a `Compressor` with its memory; everybody makes the mean from the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slipway.training import powersgd, rows
-from slipway.training.powersgd import SHARE, Layout, Mean, PowerSGD, Shape, auto_rank
+from slipway.training.powersgd import Layout, Mean, PowerSGD, Shape, auto_rank
 from slipway.training.rows import Gather, Rows
 
 
@@ -46,7 +45,12 @@ class Plan:
 
 
 def plan(
-    shapes: Sequence[Shape], sizes: Sequence[int], touched: Sequence[int], peers: int, rank: int | Literal["auto"]
+    shapes: Sequence[Shape],
+    sizes: Sequence[int],
+    touched: Sequence[int],
+    peers: int,
+    share: float,
+    rank: int | Literal["auto"],
 ) -> Plan:
     """Choose how each gradient travels.
 
@@ -55,12 +59,13 @@ def plan(
         sizes: bytes of each.
         touched: most rows of each that a peer touched in a step.
         peers: how many exchange what is compressed.
-        rank: of PowerSGD's factors; auto: the largest with which all of it is at most a sixteenth.
+        share: how many times less than the gradients has to travel.
+        rank: of PowerSGD's factors; auto: the largest that fits beside the tables' rows.
     """
-    tables = rows.tables(shapes, touched, sizes, peers, SHARE)
+    tables = rows.tables(shapes, touched, sizes, peers, share)
     taken = sum(rows.traffic_bytes(shapes[i], touched[i], peers) for i in tables)
     if rank == "auto":
-        rank = auto_rank(_others(shapes, tables), math.floor(sum(sizes) - SHARE * taken))
+        rank = auto_rank(_others(shapes, tables), sum(sizes) / share - taken)
     return Plan(tuple(shapes), tuple(tables), rank)
 
 

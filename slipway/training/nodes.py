@@ -39,6 +39,12 @@ class Nodes:
         """Number of processes."""
         return len(self.ranks) * len(self.ranks[0])
 
+    @property
+    def saves(self) -> float:
+        """How many times less crosses between nodes if leaders alone all-reduce, in rings that enter a node once."""
+        count, each = len(self.ranks), len(self.ranks[0])
+        return (count * each - 1) / (each * (count - 1)) if count > 1 else 1.0
+
     def of(self, rank: int) -> tuple[int, ...]:
         """Ranks of the node that `rank` is on."""
         return next(ranks for ranks in self.ranks if rank in ranks)

@@ -23,7 +23,7 @@ Mean = Callable[[Tensor], None]
 """Replaces a flat buffer, bfloat16 or float32, by its mean over all peers."""
 
 WORTH = 2  # a matrix is compressed if its factors are less than half of it
-SHARE = 16  # rank auto: at most a sixteenth of the gradient travels, as published
+SHARE = 16  # rank auto: at most a sixteenth of what flat all-reduce sends between nodes travels, as published
 WIRE = torch.bfloat16  # what factors travel in: twice the rank for the bytes of float32; feedback mends what it rounds
 
 
@@ -104,10 +104,10 @@ def layout(shapes: Sequence[Shape], rank: int) -> Layout:
     return Layout(tuple(shapes), rank, groups, tuple(rest))
 
 
-def auto_rank(shapes: Sequence[Shape], size_bytes: int) -> int:
-    """Give the largest rank whose traffic is at most a sixteenth of the gradient's `size_bytes`; at least 1."""
+def auto_rank(shapes: Sequence[Shape], budget_bytes: float) -> int:
+    """Give the largest rank whose traffic is at most `budget_bytes`; at least 1."""
     rank = 1
-    while (larger := layout(shapes, rank + 1)).groups and larger.size_bytes * SHARE <= size_bytes:
+    while (larger := layout(shapes, rank + 1)).groups and larger.size_bytes <= budget_bytes:
         rank += 1
     return rank
 

@@ -162,7 +162,7 @@ def _dense(rank: int, where: nodes.Nodes) -> list[Any]:
     """A table of which more and more rows are touched: what travels in each step, and whether all stay equal."""
     each, found = [nn.Parameter(torch.zeros(TABLE)), nn.Parameter(torch.zeros(64, 48))], list[Any]()
     reducer = communication.make(settings("hierarchical_powersgd", rank=4), each, where)
-    for step, count in enumerate((5, 9, 9, 100, 5)):
+    for step, count in enumerate((5, 9, 9, 130, 5)):
         generator = torch.Generator().manual_seed(10 * step + rank)
         for parameter in each:
             parameter.grad = torch.randn(parameter.shape, generator=generator)
@@ -199,7 +199,7 @@ def test_every_method_starts_with_the_mean_and_keeps_replicas_equal(found: dict[
     if compressed:
         assert not torch.allclose(steps[2][0], means(2)[0], atol=1e-3), "nothing was compressed"
         torch.testing.assert_close(steps[2][1], means(2)[1], rtol=1e-5, atol=1e-6)  # a vector travels as it is
-        torch.testing.assert_close(steps[2][4], means(2)[4], rtol=0, atol=0.02)  # rows are rounded to int8
+        torch.testing.assert_close(steps[2][4], means(2)[4], rtol=0, atol=0.2)  # rows are rounded to 4 bits
 
 
 def test_compression_among_leaders_owes_what_compression_among_all_does(found: dict[str, Any]) -> None:
@@ -216,7 +216,7 @@ def test_bytes_between_nodes_are_counted_and_survive_a_kill(found: dict[str, Any
     assert resumed == flat
     assert found["methods"]["hierarchical"][3]["sent_all_bytes"] == pytest.approx(4 * 2 * size)
     compressed = 2 * 2 * (2 * (64 + 48) + 32 + 64) + 4 * 49  # factors in bfloat16, the vector and a flag in float32
-    compressed += 2 * TOUCHED * (16 + 8) + 8  # a node's rows in int8, with index and scale, and their number
+    compressed += 2 * TOUCHED * (16 // 2 + 2) + 400 // 8 + 8  # a node's rows in 4 bits, scales, a bitmap, their number
     figures = found["methods"]["hierarchical_powersgd"][3]
     assert figures["sent_all_bytes"] == pytest.approx(2 * 2 * (size + compressed))
 
@@ -251,6 +251,8 @@ def test_nodes_of_any_order_are_mapped() -> None:
     mixed = nodes.nodes(places((1, 0, 2), (0, 0, 2), (1, 1, 2), (0, 1, 2)))
     assert mixed.ranks == ((1, 3), (0, 2))
     assert mixed.of(2) == (0, 2)
+    assert mixed.saves == 1.5, "flat: a ring of four sends 3/2 of the gradient over an edge; two leaders: once"
+    assert nodes.nodes(places((0, 0, 1), (1, 0, 1))).saves == nodes.nodes(places((0, 0, 1))).saves == 1
 
 
 @pytest.mark.parametrize(

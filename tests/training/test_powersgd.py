@@ -186,7 +186,7 @@ def test_the_automatic_rank_sends_at_most_a_sixteenth_and_no_larger_one_does(
     shapes: list[tuple[int, int]], dtype_bytes: int
 ) -> None:
     size = dtype_bytes * sum(map(math.prod, shapes))
-    rank = auto_rank(shapes, size)
+    rank = auto_rank(shapes, size / 16)
     larger = layout(shapes, rank + 1)
     assert rank == 1 or layout(shapes, rank).size_bytes <= size / 16
     assert not larger.groups or larger.size_bytes > size / 16

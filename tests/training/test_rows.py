@@ -106,21 +106,21 @@ def test_what_was_applied_is_the_sum_of_all_gradients_less_what_is_still_owed(
 
 @settings(max_examples=20)
 @given(peers=st.integers(1, 4), seed=st.integers(0, 10_000))
-def test_a_row_arrives_within_the_rounding_of_int8_and_an_untouched_one_stays_zero(peers: int, seed: int) -> None:
+def test_a_row_arrives_within_the_rounding_of_4_bits_and_an_untouched_one_stays_zero(peers: int, seed: int) -> None:
     gradients = sparse(peers, seed)
-    steps = mean([[x.abs().amax(1, keepdim=True) / 127 for x in each] for each in gradients])
+    steps = mean([[x.abs().amax(1, keepdim=True) / 7 for x in each] for each in gradients])
     for ours, wanted, step in zip(Peers(peers).step(gradients), mean(gradients), steps, strict=True):
-        assert ((ours - wanted).abs() <= 0.5001 * step + 1e-6 * wanted.abs()).all()
+        assert ((ours - wanted).abs() <= 0.52 * step + 1e-6 * wanted.abs()).all()
         assert not ours[(step == 0).squeeze(1)].any()
 
 
 @given(seed=st.integers(0, 10_000))
 def test_without_rounding_the_mean_is_exact_and_nothing_is_owed(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    gradients = [[torch.randint(-126, 127, s, generator=generator).float() for s in SHAPES] for _ in range(2)]
+    gradients = [[torch.randint(-6, 8, s, generator=generator).float() for s in SHAPES] for _ in range(2)]
     for gradient in gradients:
         for table in gradient:
-            table[:, 0] = 127
+            table[:, 0] = 7
             table[::3] = 0
     ours = Peers(2)
     for a, b in zip(ours.step(gradients), mean(gradients), strict=True):
@@ -140,10 +140,23 @@ def test_a_row_that_what_was_owed_cancels_is_sent_as_zero() -> None:
 def test_tables_are_those_whose_rows_are_a_sixteenth_of_the_gradient_at_most() -> None:
     shapes = [(1000, 64), (1000, 64), (1000, 64), (1000,), (10, 20, 30)]
     sizes = [4 * math.prod(shape) for shape in shapes]
-    limit = 1000 * 64 * 4 // 16 // (64 + 8)
+    limit = (1000 * 64 * 4 // 16 - 125) // (32 + 2)  # 125 bytes: a bit for each of 1,000 rows
     assert tables(shapes, [limit, limit + 1, 0, 1, 1], sizes, 2, 16) == [0], "one that nobody touched is not known"
     assert tables(shapes, [limit, 5, 0, 1, 1], sizes, 4, 16) == [1], "four peers send twice as much in all"
     assert tables(shapes, [limit, 5, 0, 1, 1], [size // 2 for size in sizes], 2, 16) == [1], "half precision"
+
+
+@given(rows=st.integers(1, 300), width=st.integers(1, 9), share=st.floats(0, 1), seed=st.integers(0, 10_000))
+def test_rows_are_told_by_a_bit_each_or_by_indices_whichever_is_less(
+    rows: int, width: int, share: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    gradient = torch.zeros(rows, width)
+    gradient[torch.rand(rows, generator=generator) < share] = 7.0
+    count = touched([gradient])[0]
+    counts, message = Rows([(rows, width)], "cpu").exchange([gradient], lambda buffer: buffer.unsqueeze(0))
+    assert message.shape[1] == min(4 * count, math.ceil(rows / 8)) + count * (2 + math.ceil(width / 2))
+    assert torch.equal(decode([(rows, width)], counts, message)[0], gradient)
 
 
 MIXED = ((60, 16), (48, 32), (300, 16), (5,))
@@ -170,7 +183,7 @@ def test_each_gradient_comes_back_in_its_place() -> None:
     ours, wanted = compressor.decode(TOLD, messages[0]), mean(tensors)
     assert [tuple(each.shape) for each in ours] == list(MIXED)
     for i in (0, 2, 3):
-        torch.testing.assert_close(ours[i], wanted[i], atol=0.02, rtol=0)
+        torch.testing.assert_close(ours[i], wanted[i], atol=0.3, rtol=0)
     assert 0 < float((ours[1] - wanted[1]).norm()) < float(wanted[1].norm())
 
 
@@ -199,9 +212,9 @@ def test_all_that_travels_is_a_sixteenth_at_most_and_what_tables_save_goes_into_
     shapes = [*sizes, (256, 256)]
     counts = [max(1, int(share * n)) for n, _ in sizes] + [256]
     each = [4 * math.prod(shape) for shape in shapes]
-    told = plan(shapes, each, counts, peers, "auto")
+    told = plan(shapes, each, counts, peers, 16, "auto")
     assert told.rank == 1 or told.traffic_bytes(counts, peers) <= sum(each) / 16
-    by_factors = plan(shapes, each, [shape[0] for shape in shapes], peers, "auto")
+    by_factors = plan(shapes, each, [shape[0] for shape in shapes], peers, 16, "auto")
     assert by_factors.tables == ()
     for i in told.tables:
         assert rows.traffic_bytes(shapes[i], counts[i], peers) <= each[i] / 16
