@@ -60,11 +60,12 @@ def run(params: Params, report: Report) -> None:
             judge.refer(search.reference(found))
             progress.advance(step="reference")
             inputs, variants = export.requests(max(search.BATCHES), 1, SEED)[0], []
-            for form in search.fastest(found):
+            quickest = search.fastest(found)
+            for form in quickest:
                 variants.append(judge.variant(form, found, inputs))
                 progress.advance(step=form.recipe.name)
             choice = pareto.choose(variants, params.compress.min_speedup)
-            _seal(params, export, next(f for f in search.fastest(found) if f.recipe.name == choice.recipe), beside)
+            _seal(params, export, next(form for form in quickest if form.recipe.name == choice.recipe), beside)
         progress.advance(step="sealed")
     told = {
         "workload": params.workload,

@@ -120,12 +120,13 @@ class Judge:
         self.samples = scoring.samples(data, "validation", HELD_OUT, seed)
         self.masks = scoring.slices(self.samples)
         self.few = scoring.samples(data, "validation", RANKED, seed) if hasattr(scoring, "best") else None
+        self.reference: Form | None = None
         self.full: gate.Floats | None = None
         self.best: Any = None
 
     def refer(self, reference: Form) -> None:
         """Score the form that all others are held against."""
-        self.full, self.best = self._score(reference), self._best(reference)
+        self.reference, self.full, self.best = reference, self._score(reference), self._best(reference)
 
     def variant(self, form: Form, found: Sequence[Form], inputs: Any) -> Variant:
         """Measure a form.
@@ -139,7 +140,7 @@ class Judge:
         full = [each for each in found if each.recipe == recipes.FULL]
         same = next(each for each in full if each.engine == form.engine)
         quick = min(full, key=lambda each: each.pace)
-        values = self._score(form)
+        values = self.full if form is self.reference else self._score(form)
         quality = None
         if form.recipe != recipes.FULL:
             quality = gate.judge(self.full, values, self.masks, self.limits, self._overlap(form))
