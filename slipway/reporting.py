@@ -92,6 +92,15 @@ class Chapter:
     blocks: Sequence[Table | Plot | Note | Gallery]
 
 
+def metric_title(name: str) -> str:
+    """What people call a metric: ndcg_at_10_sampled is NDCG@10 (sampled)."""
+    ranked, at, rest = name.partition("_at_")
+    if not at:
+        return name.replace("_", " ")
+    depth, _, kind = rest.partition("_")
+    return f"{ranked.upper()}@{depth}{f' ({kind})' if kind else ''}"
+
+
 def canvas(x_label: str, y_label: str, height: float = 2.4) -> tuple[Figure, Axes]:
     """Make an empty plot in the style of the reports, without pyplot's global state; `height` in inches of 6 across."""
     from matplotlib.figure import Figure

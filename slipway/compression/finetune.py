@@ -16,7 +16,7 @@ import numpy as np
 
 from slipway import artifacts
 from slipway.config import Params, TrainParams
-from slipway.training import loop
+from slipway.training import loop, trainer
 from slipway.workloads.base import Array, Task, Tensors
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class Tuner:
             start: what it starts from.
         """
         out = self.work / name
-        if not (out / "model.json").exists():
+        if not (out / trainer.MODEL).exists():
             checkpoints = self.work / f"{name}.checkpoints"
             with artifacts.writing(out) as beside:
                 loop.train(
@@ -164,9 +164,9 @@ class Tuner:
                     )
                 )
             loop.forget(checkpoints)
-        with np.load(out / "weights.npz", allow_pickle=False) as stored:
+        with np.load(out / trainer.WEIGHTS, allow_pickle=False) as stored:
             weights = {key.rpartition(PREFIX)[2]: value for key, value in stored.items() if PREFIX in key}
-        return Trained(weights, artifacts.read_json(out / "model.json")[PLACES])
+        return Trained(weights, artifacts.read_json(out / trainer.MODEL)[PLACES])
 
     def schedule(self) -> TrainParams:
         """The workload's training, shorter and slower, by one process: ranges that are learned are not averaged."""

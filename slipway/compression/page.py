@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slipway.reporting import PALETTE, Chapter, Note, Plot, Table, Tile, Verdict, canvas, write_html
+from slipway.reporting import PALETTE, Chapter, Note, Plot, Table, Tile, canvas, metric_title, write_html
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-VERDICTS: Mapping[str, Verdict] = {"kept": "passed", "open": "info", "lost": "failed"}
 MEGA = 1e6
 
 
@@ -24,7 +23,7 @@ def write(path: Path, found: Mapping[str, Any]) -> None:
         Tile("served", f"{found['choice']['recipe']} in {chosen['engine']}"),
         Tile("size", f"{chosen['size_bytes'] / full['size_bytes']:.0%} of FP32"),
         Tile("latency", ", ".join(f"{ms:.2f} ms" for ms in chosen["latency_ms"].values())),
-        Tile(_title(found["metric"]), f"{chosen['metric']:.4f}"),
+        Tile(metric_title(found["metric"]), f"{chosen['metric']:.4f}"),
     ]
     chapters = [
         Chapter("Choice", [Note(found["choice"]["reason"]), _choice(found)]),
@@ -33,10 +32,6 @@ def write(path: Path, found: Mapping[str, Any]) -> None:
         Chapter("What is lost, and where", _losses(found)),
     ]
     write_html(path, "Compression", f"{found['workload']}, {found['samples']:,} validation samples", tiles, chapters)
-
-
-def _title(metric: str) -> str:
-    return metric.replace("_at_", "@").replace("_", " ")
 
 
 def _choice(found: Mapping[str, Any]) -> Table:
@@ -52,7 +47,7 @@ def _costs(found: Mapping[str, Any]) -> Table:
     header = [
         "recipe",
         "engine",
-        _title(found["metric"]),
+        metric_title(found["metric"]),
         *(f"ms, batch {batch}" for batch in batches),
         *(f"gain, batch {batch}" for batch in batches),
         "size (MB)",
@@ -113,7 +108,7 @@ def _slices(name: str, quality: Mapping[str, Any]) -> Table:
 def pareto(found: Mapping[str, Any], highlighted: str = "") -> Figure:
     """Plot metric against latency at the first batch size, a marker a variant, its area the size; the front joined."""
     variants: dict[str, Any] = found["variants"]
-    figure, axes = canvas("latency (ms)", _title(found["metric"]), height=3.2)
+    figure, axes = canvas("latency (ms)", metric_title(found["metric"]), height=3.2)
     largest = max(each["size_bytes"] for each in variants.values())
     served = found["choice"]["recipe"]
     for name, each in variants.items():

@@ -32,7 +32,9 @@ def compare(values: Mapping[str, Mapping[str, Floats]], metric: str, masks: Mask
         "metrics": {
             precision: {name: _value(each) for name, each in found.items()} for precision, found in values.items()
         },
-        "differences": {other: _difference(values[other][metric], values[first][metric]) for other in others},
+        "differences": {
+            other: _bounded(*scores.difference(values[other][metric], values[first][metric])) for other in others
+        },
         "slices": [
             {
                 "name": name,
@@ -46,13 +48,11 @@ def compare(values: Mapping[str, Mapping[str, Floats]], metric: str, masks: Mask
 
 
 def _value(values: Floats) -> dict[str, float]:
-    low, high = scores.interval(values)
-    return {"value": round(float(values.mean()), 6), "low": round(low, 6), "high": round(high, 6)}
+    return _bounded(float(values.mean()), *scores.interval(values))
 
 
-def _difference(ours: Floats, theirs: Floats) -> dict[str, float]:
-    found = scores.against("", ours, theirs)
-    return {"value": round(found.difference, 6), "low": round(found.low, 6), "high": round(found.high, 6)}
+def _bounded(value: float, low: float, high: float) -> dict[str, float]:
+    return {"value": round(value, 6), "low": round(low, 6), "high": round(high, 6)}
 
 
 def tables(found: Mapping[str, Any]) -> Iterator[Table]:

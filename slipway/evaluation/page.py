@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slipway.reporting import Chapter, Note, Plot, Table, Tile, Verdict, canvas, write_html
+from slipway.reporting import Chapter, Note, Plot, Table, Tile, Verdict, canvas, metric_title, write_html
 
 
 def write(
@@ -34,7 +34,7 @@ def write(
     verdict: Verdict = "passed" if found["passed"] else "failed"
     tiles = [
         Tile("gates", verdict, verdict),
-        Tile(_title(metric), f"{found['metrics'][served][metric]:.4f}"),
+        Tile(metric_title(metric), f"{found['metrics'][served][metric]:.4f}"),
         Tile("P99 of a prediction", f"{found['latency_ms'][served]['p99']:.2f} ms"),
         Tile("size", f"{found['size_bytes'][served] / 1e6:.1f} MB"),
     ]
@@ -48,14 +48,6 @@ def write(
         *more,
     ]
     write_html(path, "Evaluation", subtitle, tiles, chapters)
-
-
-def _title(metric: str) -> str:
-    name, at, rest = metric.partition("_at_")
-    if not at:
-        return metric.replace("_", " ")
-    depth, _, kind = rest.partition("_")
-    return f"{name.upper()}@{depth}{f' ({kind})' if kind else ''}"
 
 
 def _gates(found: Mapping[str, Any]) -> Table:
@@ -81,20 +73,20 @@ def _champion(found: Mapping[str, Any]) -> Note:
 
 def _metrics(found: Mapping[str, Any]) -> Table:
     names = list(next(iter(found["metrics"].values())))
-    rows = [(_title(name), *(values[name] for values in found["metrics"].values())) for name in names]
+    rows = [(metric_title(name), *(values[name] for values in found["metrics"].values())) for name in names]
     return Table("test metrics", ("metric", *(precision.upper() for precision in found["metrics"])), rows)
 
 
 def _slices(found: Mapping[str, Any]) -> Table:
     rows = [(s["name"], s["count"], s["value"], f"{s['low']:.4f} to {s['high']:.4f}") for s in found["slices"]]
-    return Table(f"{_title(found['metric'])} by slice", ("slice", "samples", "value", "95 % interval"), rows)
+    return Table(f"{metric_title(found['metric'])} by slice", ("slice", "samples", "value", "95 % interval"), rows)
 
 
 def _bars(found: Mapping[str, Any]) -> list[Plot]:
     slices = found["slices"]
     if not slices:
         return []
-    figure, axes = canvas(_title(found["metric"]), "", height=0.4 + 0.35 * len(slices))
+    figure, axes = canvas(metric_title(found["metric"]), "", height=0.4 + 0.35 * len(slices))
     values = [s["value"] for s in slices]
     error = [[s["value"] - s["low"] for s in slices], [s["high"] - s["value"] for s in slices]]
     axes.barh([s["name"] for s in slices], values, xerr=error, height=0.6, ecolor="#808080")
@@ -118,11 +110,11 @@ def _curve(curve: Sequence[Mapping[str, Any]], metric: str) -> Plot:
     (loss,) = axes.plot(epochs, [point["loss"] for point in curve], marker=mark, markersize=3)
     right = axes.twinx()
     right.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    right.set_ylabel(f"{_title(metric)}, validation")
+    right.set_ylabel(f"{metric_title(metric)}, validation")
     (value,) = right.plot(epochs, [point["metric"] for point in curve], color="#e07b39", marker=mark, markersize=3)
     axes.legend(
         [loss, value],
-        ["loss (left)", f"{_title(metric)} (right)"],
+        ["loss (left)", f"{metric_title(metric)} (right)"],
         frameon=False,
         ncols=2,
         loc="lower center",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slipway.reporting import PALETTE, Chapter, Note, Plot, Table, Tile, canvas, write_html
+from slipway.reporting import PALETTE, Chapter, Note, Plot, Table, Tile, canvas, metric_title, write_html
 
 CLIP = 1.0  # as engine.py clips; importing that would load DeepSpeed
 GREY = "#94a3b8"
@@ -34,7 +34,7 @@ def write(path: Path, found: Mapping[str, Any], epochs: int) -> None:
     """
     best, unit = found["best"], found["unit"]
     tiles = [
-        Tile(f"{_title(found['metric'])}, validation", f"{best['metric']:.4f}"),
+        Tile(f"{metric_title(found['metric'])}, validation", f"{best['metric']:.4f}"),
         *(Tile(f"{name}, validation", f"{value:,.4g}") for name, value in best["figures"].items()),
         Tile("best epoch", f"{best['epoch']} of {len(found['curve'])}"),
         Tile("time in training", _clock(found["train_seconds"])),
@@ -42,11 +42,9 @@ def write(path: Path, found: Mapping[str, Any], epochs: int) -> None:
         Tile("model FLOPs utilisation", f"{found['mfu']:.1%}"),
         Tile("waiting for data", f"{found['time_share']['data']:.1%}"),
     ]
-    history = found["history"]
+    history, curve = found["history"], _curve(found["curve"], metric_title(found["metric"]))
     chapters = [
-        Chapter(
-            "Learning", [*_ended(found, epochs), _curve(found["curve"], _title(found["metric"])), *_steps(history)]
-        ),
+        Chapter("Learning", [*_ended(found, epochs), curve, *_steps(history)]),
         *_loss_scale(found["loss_scale"], history),
         Chapter("Speed", [_speed(history, unit), _flops(found)]),
         Chapter("Where the time goes", [_bar(found["time_share"]), _parts(found)]),
@@ -54,11 +52,6 @@ def write(path: Path, found: Mapping[str, Any], epochs: int) -> None:
         *_techniques(history, unit),
     ]
     write_html(path, "Training", f"{found['workload']}, {found['curve'][-1]['step']:,} steps", tiles, chapters)
-
-
-def _title(metric: str) -> str:
-    name, at, count = metric.partition("_at_")
-    return f"{name.upper()}@{count}" if at else metric
 
 
 def _ended(found: Mapping[str, Any], epochs: int) -> list[Note]:

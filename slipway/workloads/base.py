@@ -18,10 +18,11 @@ A stage calls the interface below and knows nothing of any workload. Adding one 
 from __future__ import annotations
 
 import importlib
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 import msgspec
 import numpy as np
@@ -110,6 +111,23 @@ class Task(Protocol):
 
     def figures(self, metric: float) -> Mapping[str, float]:
         """What a value of the metric also tells people, by name, such as perplexity."""
+
+
+class Batches(Sequence[Tensors]):
+    """The micro-batches of one epoch, each made when it is asked for: what `Task.epoch` gives."""
+
+    @abstractmethod
+    def make(self, index: int) -> Tensors:
+        """Make one of them."""
+
+    @overload
+    def __getitem__(self, index: int) -> Tensors: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensors]: ...
+    def __getitem__(self, index: int | slice) -> Tensors | Sequence[Tensors]:
+        if isinstance(index, slice):
+            return [self.make(i) for i in range(len(self))[index]]
+        return self.make(index)
 
 
 class Endpoint(Protocol):

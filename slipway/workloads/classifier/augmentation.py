@@ -57,6 +57,11 @@ def view(pixels: Bytes, side: int) -> Bytes:
     return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR))
 
 
+def views(pixels: Bytes, side: int) -> Bytes:
+    """The same of several: [n, R, R, 3] -> [n, S, S, 3]."""
+    return np.stack([view(each, side) for each in pixels])
+
+
 def varied(pixels: Bytes, side: int, params: AugmentParams, rng: np.random.Generator) -> Bytes:
     """Cut out a random part, turned and perhaps mirrored, in other colours: [S, S, 3]."""
     whole = len(pixels)

@@ -19,7 +19,7 @@ from slipway.errors import ModelError
 from slipway.package import TensorSpec
 from slipway.workloads.base import Array, Tensors
 from slipway.workloads.classifier import images
-from slipway.workloads.classifier.augmentation import view
+from slipway.workloads.classifier.augmentation import views
 from slipway.workloads.classifier.graph import IMAGE, ClassifierGraph
 from slipway.workloads.classifier.schema import ABOUT
 from slipway.workloads.graph import Ranges
@@ -134,7 +134,7 @@ def module_of(name: str) -> str:
 
 def seen(data: images.Images, at: Ints) -> npt.NDArray[np.uint8]:
     """What the network sees of pictures: [n, S, S, 3]."""
-    return np.stack([view(each, data.image_size) for each in data.pixels(at)])
+    return views(data.pixels(at), data.image_size)
 
 
 def muddle(package: Path, random: Random) -> None:

@@ -24,11 +24,12 @@ from slipway import artifacts
 from slipway.config import ImagesParams, Params
 from slipway.errors import DataError
 from slipway.progress import Progress
+from slipway.workloads import tables
 from slipway.workloads.classifier import images, likeness, parting, reading, sources
 from slipway.workloads.classifier.decoding import Limits
-from slipway.workloads.classifier.images import MARGIN
+from slipway.workloads.classifier.images import MARGIN, PARTS
 from slipway.workloads.classifier.likeness import Pairs
-from slipway.workloads.classifier.parting import FATES, PARTS
+from slipway.workloads.classifier.parting import FATES
 from slipway.workloads.classifier.reading import Reader, Seen
 from slipway.workloads.classifier.sources import Source
 
@@ -119,7 +120,7 @@ def _read(source: Source, reader: Reader, out: Path) -> Read:
     refused: list[dict[str, Any]] = []
     with (
         _Shards(out, rows, reader.side) as shards,
-        _Rows(out / "rows.parquet") as table,
+        tables.Rows(out / "rows.parquet", COLUMNS) as table,
         Progress("ingest: read", len(source.entries), "files") as progress,
     ):
         for number, seen in enumerate(reading.read(reader, source.entries)):
@@ -135,7 +136,7 @@ def _read(source: Source, reader: Reader, out: Path) -> Read:
                 )
             read.notes.update(seen.notes)
             read.faults.update([seen.fault] if seen.fault else [])
-            table.write(seen)
+            table.write(_row(seen))
             progress.advance()
     _write_refused(refused, out)
     return read
@@ -196,57 +197,27 @@ class _Shards:
         self._close()
 
 
-class _Rows:
-    """The table of files as they are read, some thousand rows at a time."""
+COLUMNS = {
+    "name": "string",
+    "class": "string",
+    "source_part": "string",
+    "bytes": "int64",
+    "sha256": "string",
+    "format": "string",
+    "width": "int32",
+    "height": "int32",
+    "fault": "string",
+    "detail": "string",
+    "notes": "string",
+}
+"""Of the table of files, as they are read."""
 
-    ROWS = 8192
 
-    def __init__(self, path: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet
-
-        self._schema = pa.schema(
-            {
-                "name": pa.string(),
-                "class": pa.string(),
-                "source_part": pa.string(),
-                "bytes": pa.int64(),
-                "sha256": pa.string(),
-                "format": pa.string(),
-                "width": pa.int32(),
-                "height": pa.int32(),
-                "fault": pa.string(),
-                "detail": pa.string(),
-                "notes": pa.string(),
-            }
-        )
-        self._writer = pyarrow.parquet.ParquetWriter(path, self._schema)
-        self._rows: list[tuple[Any, ...]] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def write(self, seen: Seen) -> None:
-        """Append one file."""
-        entry = seen.entry
-        named = _plain(entry.name), _plain(entry.label), entry.part
-        held = seen.size_bytes, seen.digest.hex() or None, seen.format, seen.width, seen.height
-        self._rows.append((*named, *held, seen.fault, seen.detail, " ".join(seen.notes)))
-        if len(self._rows) >= self.ROWS:
-            self._flush()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        columns = [pa.array(column) for column in zip(*self._rows, strict=True)]
-        arrays = [column.cast(kind) for column, kind in zip(columns, self._schema.types, strict=True)]
-        self._writer.write_table(pa.table(arrays, schema=self._schema))
-        self._rows = []
-
-    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        if self._rows:
-            self._flush()
-        self._writer.close()
+def _row(seen: Seen) -> tuple[Any, ...]:
+    entry = seen.entry
+    named = _plain(entry.name), _plain(entry.label), entry.part
+    held = seen.size_bytes, seen.digest.hex() or None, seen.format, seen.width, seen.height
+    return (*named, *held, seen.fault, seen.detail, " ".join(seen.notes))
 
 
 def _part(
@@ -316,7 +287,7 @@ def _write_files(source: Source, read: Read, fate: parting.Codes, twin: npt.NDAr
         for name, kind in (("fate", pa.string()), ("content", pa.int64()), ("twin", pa.int64())):
             schema = schema.append(pa.field(name, kind))
         with pyarrow.parquet.ParquetWriter(out / "files.parquet", schema) as writer:
-            for batch in file.iter_batches(_Rows.ROWS):
+            for batch in file.iter_batches(tables.ROWS):
                 here = slice(start, start + batch.num_rows)
                 start += batch.num_rows
                 twins = [None if one < 0 else one for one in twin[here].tolist()]

@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from slipway.workloads.classifier import likeness
+from slipway.workloads.classifier.images import PARTS
 from slipway.workloads.classifier.likeness import Pairs
 
 Ints = npt.NDArray[np.int64]
 Codes = npt.NDArray[np.int8]
 
-PARTS = ("train", "validation", "test")
 FATES = (*PARTS, "fault", "duplicate", "conflict", "leak")
 """What becomes of a file: a part, or why it is left out."""
 TRAIN, VALIDATION, TEST, FAULT, DUPLICATE, CONFLICT, LEAK = range(len(FATES))

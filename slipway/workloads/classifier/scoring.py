@@ -18,7 +18,7 @@ import numpy.typing as npt
 from slipway import artifacts
 from slipway.workloads.base import Array, Tensors, Unknown
 from slipway.workloads.classifier import images
-from slipway.workloads.classifier.augmentation import view
+from slipway.workloads.classifier.augmentation import views
 from slipway.workloads.classifier.schema import ABOUT
 
 if TYPE_CHECKING:
@@ -92,8 +92,8 @@ def probabilities(run: Run, chosen: Samples, package: Path) -> Floats:
     about = artifacts.read_json(package / ABOUT)
     found = []
     for begin in range(0, len(chosen), BATCH):
-        shown = [view(each, about["image_size"]) for each in chosen.data.pixels(chosen.at[begin : begin + BATCH])]
-        found.append(run(["probabilities"], {"image": np.stack(shown)})[0].astype(np.float64))
+        shown = views(chosen.data.pixels(chosen.at[begin : begin + BATCH]), about["image_size"])
+        found.append(run(["probabilities"], {"image": shown})[0].astype(np.float64))
     return np.concatenate(found)
 
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from slipway.errors import DataError, TransientError
+from slipway.errors import DataError
 from slipway.progress import Progress
+from slipway.workloads import remote
 
 EMBEDDED = "embedded"
 PARTS = {
@@ -142,31 +143,11 @@ def _digits(folder: Path) -> Path:
 
 
 def _copy(name: str, work: Path) -> Path:
-    """Copy a remote archive into `work` block by block."""
-    import fsspec
-
+    """Copy a remote archive into `work`."""
     ending = next((one for one in ARCHIVES if name.split("?")[0].lower().endswith(one)), None)
     if ending is None:
         raise DataError(f"{name}: a URL has to name an archive ({', '.join(ARCHIVES)})")
-    target = work / f"source{ending}"
-    try:
-        with (
-            fsspec.open(name, "rb") as remote,
-            target.open("wb") as local,
-            Progress("ingest: copy", getattr(remote, "size", None), "B") as progress,
-        ):
-            while block := remote.read(BLOCK):
-                local.write(block)
-                progress.advance(len(block))
-    except FileNotFoundError as error:
-        raise DataError(f"{name}: no such file; set ingest.source") from error
-    except (ImportError, ValueError, PermissionError) as error:
-        raise DataError(f"{name}: cannot be opened: {error}") from error
-    except OSError as error:
-        if error.errno is not None and error.filename == str(target):
-            raise
-        raise TransientError(f"{name}: reading it failed: {error}; try again") from error
-    return target
+    return remote.copy(name, work / f"source{ending}")
 
 
 def _unpack(name: str, path: Path, folder: Path, max_bytes: int) -> Path:

@@ -8,10 +8,10 @@ the whole one, which a larger whole one makes up for (Touvron et al. 2019, arXiv
 # N pictures of a part, B batch
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ import torch
 from slipway import artifacts
 from slipway.config import TrainParams
 from slipway.errors import DataError
-from slipway.workloads.base import Tensors
+from slipway.workloads.base import Batches, Tensors
 from slipway.workloads.classifier import augmentation, images, pretrained
 from slipway.workloads.classifier.model import Network, Training
 from slipway.workloads.classifier.params import ClassifierParams
@@ -34,8 +34,8 @@ GRAIN = 16  # sides of growing pictures are multiples of it: few shapes, which c
 
 
 @dataclass(frozen=True)
-class Epoch(Sequence[Tensors]):
-    """The micro-batches of one epoch, each made when it is asked for."""
+class Epoch(Batches):
+    """The micro-batches of one epoch."""
 
     data: images.Images
     order: Ints
@@ -50,13 +50,8 @@ class Epoch(Sequence[Tensors]):
     def __len__(self) -> int:
         return self.batches
 
-    @overload
-    def __getitem__(self, index: int) -> Tensors: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Tensors]: ...
-    def __getitem__(self, index: int | slice) -> Tensors | Sequence[Tensors]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+    def make(self, index: int) -> Tensors:
+        """Make one of them."""
         at = np.array_split(self.order, self.batches)[index]
         rng = np.random.default_rng([*self.seed, index])
         return augmentation.batch(self.data.pixels(at), self.data.labels[at], self.side, self.params.augment, rng)
@@ -132,7 +127,7 @@ class ClassifierTask:
             # As many batches on every rank, of one picture at least, which then counts nothing.
             rows = mine[at : at + VALIDATION_BATCH]
             shown = self.data.pixels(rows if len(rows) else self.validation[:1])
-            seen = np.stack([augmentation.view(each, self.data.image_size) for each in shown])
+            seen = augmentation.views(shown, self.data.image_size)
             best = model.logits(torch.from_numpy(seen).to(device)).argmax(1).cpu().numpy()
             hits += int((best[: len(rows)] == self.data.labels[rows]).sum())
         return float(hits), len(mine)

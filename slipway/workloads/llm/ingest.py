@@ -26,6 +26,7 @@ from slipway import artifacts
 from slipway.config import Params
 from slipway.errors import DataError
 from slipway.progress import Progress
+from slipway.workloads import tables
 from slipway.workloads.llm import corpus, sources
 from slipway.workloads.llm.corpus import PARTS
 from slipway.workloads.llm.sources import Source
@@ -180,7 +181,8 @@ class _Columns:
     def __init__(self, out: Path, part: str, kind: type[corpus.Kind]) -> None:
         self._tokens = _Column(out / f"{part}.npy", kind)
         self._offsets = _Column(out / f"{part}.offsets.npy", np.int64)
-        self._table = _Table(out / f"{part}.parquet")
+        names = {"name": "string", "bytes": "int64", "tokens": "int64", "sha256": "string"}
+        self._table = tables.Rows(out / f"{part}.parquet", names)
         self._offsets.write([0])
         self.alphabet = np.zeros(256, np.int64)
         self.counts = {"documents": 0, "tokens": 0, "bytes": 0}
@@ -225,38 +227,6 @@ class _Column:
         with self._file:
             self._file.seek(0)
             self._header()
-
-
-class _Table:
-    """The table of a part's documents, written some thousand rows at a time."""
-
-    ROWS = 8192
-
-    def __init__(self, path: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet
-
-        names = {"name": pa.string(), "bytes": pa.int64(), "tokens": pa.int64(), "sha256": pa.string()}
-        self._schema = pa.schema(names)
-        self._writer = pyarrow.parquet.ParquetWriter(path, self._schema)
-        self._rows: list[tuple[str, int, int, str]] = []
-
-    def write(self, row: tuple[str, int, int, str]) -> None:
-        self._rows.append(row)
-        if len(self._rows) >= self.ROWS:
-            self._flush()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        columns = [pa.array(column) for column in zip(*self._rows, strict=True)]
-        self._writer.write_table(pa.table(columns, schema=self._schema))
-        self._rows = []
-
-    def close(self) -> None:
-        if self._rows:
-            self._flush()
-        self._writer.close()
 
 
 def _write_rejects(sifted: Sifted, out: Path) -> None:

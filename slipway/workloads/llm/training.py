@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ import torch
 from slipway import artifacts
 from slipway.config import TrainParams
 from slipway.errors import DataError, ModelError
-from slipway.workloads.base import Tensors
+from slipway.workloads.base import Batches, Tensors
 from slipway.workloads.llm import corpus
 from slipway.workloads.llm.model import describe, make
 from slipway.workloads.llm.params import LlmParams
@@ -33,8 +33,8 @@ VALIDATION_TOKENS = 1 << 15
 
 
 @dataclass(frozen=True)
-class Epoch(Sequence[Tensors]):
-    """The micro-batches of one epoch, each made when it is asked for."""
+class Epoch(Batches):
+    """The micro-batches of one epoch."""
 
     tokens: npt.NDArray[corpus.Kind]
     batches: Sequence[Ints]
@@ -45,13 +45,8 @@ class Epoch(Sequence[Tensors]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensors: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Tensors]: ...
-    def __getitem__(self, index: int | slice) -> Tensors | Sequence[Tensors]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+    def make(self, index: int) -> Tensors:
+        """Make one of them."""
         return {"token_BT": windows(self.tokens, self.batches[index], self.length)}
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slipway.config import Columns, IngestParams
-from slipway.errors import DataError, SlipwayError, TransientError
-from slipway.progress import Progress
+from slipway.errors import DataError, SlipwayError
+from slipway.workloads import remote
 
 ENDINGS = {
     ".csv": "csv",
@@ -28,7 +28,6 @@ ENDINGS = {
 }
 DELIMITERS = {"csv": ",", "tsv": "\t", "text": " "}
 NAMES = {",": "commas (csv)", "\t": "tabs (tsv)", " ": "blanks (text)", ";": "semicolons", "|": "bars"}
-BLOCK = 4 << 20
 HEAD = 1 << 16
 """Bytes of a file that are looked at before it is read."""
 
@@ -94,7 +93,9 @@ def open_table(ingest: IngestParams, work: Path) -> Table:
             raise DataError(
                 f"{name}: no telling its form by its ending; set ingest.format to csv, tsv, parquet or text"
             )
-    path = _copy(name, work) if "://" in name else Path(name)
+    path = Path(name)
+    if "://" in name:
+        path = remote.copy(name, work / ("source" + "".join(Path(name.split("?")[0]).suffixes[-2:])))
     if not path.exists():
         raise DataError(f"{name}: no such file; set ingest.source")
     if path.is_dir():
@@ -102,31 +103,6 @@ def open_table(ingest: IngestParams, work: Path) -> Table:
     if path.stat().st_size == 0:
         raise DataError(f"{name}: the file is empty")
     return _look_parquet(name, path, ingest.columns) if form == "parquet" else _look(name, path, form, ingest.columns)
-
-
-def _copy(name: str, work: Path) -> Path:
-    """Copy a remote file into `work` block by block."""
-    import fsspec
-
-    target = work / ("source" + "".join(Path(name.split("?")[0]).suffixes[-2:]))
-    try:
-        with (
-            fsspec.open(name, "rb") as remote,
-            target.open("wb") as local,
-            Progress("ingest: copy", getattr(remote, "size", None), "B") as progress,
-        ):
-            while block := remote.read(BLOCK):
-                local.write(block)
-                progress.advance(len(block))
-    except FileNotFoundError as error:
-        raise DataError(f"{name}: no such file; set ingest.source") from error
-    except (ImportError, ValueError, PermissionError) as error:
-        raise DataError(f"{name}: cannot be opened: {error}") from error
-    except OSError as error:
-        if error.errno is not None and error.filename == str(target):
-            raise
-        raise TransientError(f"{name}: reading it failed: {error}; try again") from error
-    return target
 
 
 def _look_parquet(name: str, path: Path, columns: Columns) -> Table:

@@ -14,10 +14,10 @@ under the softmax is, in the mean, that over all items.
 # U users, E events, B batch, T time, N negatives, I items
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ import torch
 
 from slipway.config import TrainParams
 from slipway.errors import DataError
-from slipway.workloads.base import Tensors
+from slipway.workloads.base import Batches, Tensors
 from slipway.workloads.ranker import sequences
 from slipway.workloads.ranker.metrics import gains
 from slipway.workloads.ranker.model import Ranker
@@ -41,8 +41,8 @@ VALIDATION_BATCH = 256
 
 
 @dataclass(frozen=True)
-class Epoch(Sequence[Tensors]):
-    """The micro-batches of one epoch, each made when it is asked for."""
+class Epoch(Batches):
+    """The micro-batches of one epoch."""
 
     data: sequences.Sequences
     order: Order
@@ -54,13 +54,8 @@ class Epoch(Sequence[Tensors]):
     def __len__(self) -> int:
         return len(self.order)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensors: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Tensors]: ...
-    def __getitem__(self, index: int | slice) -> Tensors | Sequence[Tensors]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+    def make(self, index: int) -> Tensors:
+        """Make one of them."""
         rows = padded(self.data.items, *self.order[index])
         target = np.where(rows[:, :-1] > 0, rows[:, 1:], 0)
         item, bias = self._compared(target[target > 0], index)
