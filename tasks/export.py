@@ -37,26 +37,26 @@ def run(params: Params, report: Report) -> None:
     model = subject.find(params.workload, reference)
     figures: dict[str, edge.Figures] = {}
     with Progress("export", len(model.models), "models") as progress:
-        for precision, path in model.models.items():
-            served = precision == model.package.precision
+        for recipe, path in model.models.items():
+            served = recipe == model.package.recipe
             with (
                 tempfile.TemporaryDirectory(prefix="slipway-") as scratch,
                 artifacts.writing(Path(out) if served else Path(scratch) / "full") as folder,
             ):
                 edge.write(model.package, path, folder)
-                figures[precision] = edge.measure(folder, model.package if served else None)
-            progress.advance(step=precision)
-    report["model"], report["precision"], report["out"] = model.name, model.package.precision, out
-    report["figures"] = {precision: asdict(each) for precision, each in figures.items()}
+                figures[recipe] = edge.measure(folder, model.package if served else None)
+            progress.advance(step=recipe)
+    report["model"], report["recipe"], report["out"] = model.name, model.package.recipe, out
+    report["figures"] = {recipe: asdict(each) for recipe, each in figures.items()}
     Console(width=None if sys.stdout.isatty() else 120).print(_table(figures, model.name))
     print(f"written: {out}; on the device: pip install onnxruntime numpy, then python run.py")
 
 
 def _table(figures: dict[str, edge.Figures], name: str) -> Table:
     table = Table("", "size", "start", "load", "P50", "peak memory", "of it the model", title=f"{name} on a device")
-    for precision, each in figures.items():
+    for recipe, each in figures.items():
         table.add_row(
-            precision.upper(),
+            recipe.upper(),
             f"{each.size_bytes / 1e6:.2f} MB",
             f"{each.start_ms:.0f} ms",
             f"{each.load_ms:.1f} ms",

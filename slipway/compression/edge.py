@@ -88,7 +88,9 @@ def convert(model: Path, out: Path) -> None:
     try:
         ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
-        raise ModelError(f"{model}: ONNX Runtime cannot convert it ({error}); run tasks.compress") from error
+        raise ModelError(
+            f"{model}: ONNX Runtime cannot convert it ({error}); run `python -m tasks.compress`"
+        ) from error
 
 
 def _write_operators(folder: Path) -> None:

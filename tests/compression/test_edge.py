@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,12 +71,34 @@ def test_a_model_that_cannot_be_converted_leaves_no_package(sealed: Package, tmp
     assert not (tmp_path / "edge" / edge.MANIFEST).exists()
 
 
+@pytest.mark.parametrize(("recipe", "precision"), [("qat", "int8"), ("prune-50", "fp32")])
+def test_the_stage_writes_what_is_served_and_measures_the_full_model_beside_it(
+    tmp_path: Path, recipe: str, precision: str
+) -> None:
+    full = package.load(packages.seal(tmp_path / "full", width=32))
+    small = package.load(packages.seal(tmp_path / "models" / "package"))
+    package.seal(small.folder, "ranker", precision, small.inputs, small.outputs, small.golden(), recipe=recipe)
+    (tmp_path / "models" / "export").mkdir()
+    (tmp_path / "models" / "export" / "fp32.onnx").write_bytes((full.folder / package.MODEL).read_bytes())
+    report = exported(tmp_path)
+    assert list(report["figures"]) == ["fp32", recipe]
+    written = (tmp_path / "models" / "edge" / edge.MODEL).stat().st_size
+    assert written == report["figures"][recipe]["size_bytes"] < report["figures"]["fp32"]["size_bytes"]
+
+
 def test_the_stage_exports_a_folder_s_model_and_reports_it(sealed: Package, tmp_path: Path) -> None:
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
-    command = [sys.executable, "-m", "tasks.export", "--model", str(sealed.folder), "--out", "device"]
-    environment = {"PYTHONPATH": str(ROOT), "SLIPWAY_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin"}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    report = json.loads((tmp_path / "reports" / "export.json").read_text())
+    report = exported(tmp_path, "--model", str(sealed.folder), "--out", "device")
     assert report["figures"]["fp32"]["size_bytes"] == (tmp_path / "device" / edge.MODEL).stat().st_size
+    assert report["recipe"] == "fp32"
+
+
+def exported(folder: Path, *arguments: str) -> dict[str, Any]:
+    """What the stage reports, run in `folder`."""
+    (folder / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    command = [sys.executable, "-m", "tasks.export", *arguments]
+    environment = {"PYTHONPATH": str(ROOT), "SLIPWAY_HOME": str(folder / "home"), "PATH": "/usr/bin:/bin"}
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
     assert "FP32" in ended.stdout
+    report: dict[str, Any] = json.loads((folder / "reports" / "export.json").read_text())
+    return report
