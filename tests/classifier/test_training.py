@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -25,6 +28,7 @@ from slipway.workloads.classifier.export import Export, muddle, replay
 from slipway.workloads.classifier.params import AugmentParams, ClassifierParams
 from slipway.workloads.classifier.schema import ClassifierEndpoint
 from tests.classifier import data
+from tests.conftest import ROOT
 
 TINTS = {"blue": (40, 60, 200), "green": (60, 180, 70), "red": (210, 50, 60), "violet": (160, 60, 190)}
 MODEL = ClassifierParams(width=8, blocks=(1, 1), repeats=2, augment=AugmentParams(mirror=True, mix=0.5))
@@ -95,6 +99,31 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_statistics(trai
     assert again.curve[-1].metric == trained.state.curve[-1].metric
     assert weights(tmp_path / "out") == weights(trained.job.out)
     assert any("running_var" in name for name in weights(tmp_path / "out"))
+
+
+def test_any_folder_is_scored_with_what_is_unknown_or_unusable_told(trained: Trained, tmp_path: Path) -> None:
+    known = trained.data.classes[0]
+    shown = data.folder(tmp_path / "shown" / "train", {known: 5, "a novelty": 3}, first=9000).parent
+    (shown / "train" / known / "torn.jpg").write_bytes(b"\xff\xd8 no picture")
+    (tmp_path / "params.yaml").write_text("workload: ranker\n")
+    command = ["--model", str(trained.package), "--source", str(shown), "--json", "found.json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SLIPWAY_HOME": str(tmp_path / "home")}
+    ended = subprocess.run(
+        [sys.executable, "-m", "tasks.evaluate", *command],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["samples"] == 8
+    assert found["left_out"]["fault"] == 1
+    assert [(each["what"], each["examples"]) for each in found["unknown"]] == [("classes", ["a novelty"])]
+    assert {row["name"]: row["count"] for row in found["slices"]} == {known: 5, "a novelty": 3}
+    novelty = next(row for row in found["slices"] if row["name"] == "a novelty")
+    assert novelty["fp32"]["value"] == 0, "what the model has never seen counts as missed"
 
 
 def test_int8_keeps_the_answers_and_other_data_are_refused(trained: Trained, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from slipway.workloads.classifier.images import MARGIN, PARTS
 from slipway.workloads.classifier.likeness import Pairs
 from slipway.workloads.classifier.parting import FATES
 from slipway.workloads.classifier.reading import Reader, Seen
+from slipway.workloads.classifier.schema import ABOUT
 from slipway.workloads.classifier.sources import Source
 
 SHARD_BYTES = 256 << 20
@@ -39,8 +40,17 @@ NOTES = ("wrong_extension", "cmyk", "grey", "palette", "alpha", "deep", "animate
 FAULTS = ("unreadable", "empty", "not_an_image", "truncated", "tiny", "huge")
 
 
-def ingest(params: Params, out: Path, report: MutableMapping[str, Any]) -> None:
+def held_out(params: Params, package: Path, out: Path, report: MutableMapping[str, Any]) -> None:
+    """Ingest a source that a model from elsewhere is scored on: every picture is for the test, in the model's size."""
+    size = artifacts.read_json(package / ABOUT)["image_size"]
+    own = params.ingest.model_copy(update={"images": params.ingest.images.model_copy(update={"image_size": size})})
+    ingest(params.model_copy(update={"ingest": own}), out, report, ("test",))
+
+
+def ingest(params: Params, out: Path, report: MutableMapping[str, Any], wanted_parts: Sequence[str] = PARTS) -> None:
     """Write the pictures of `params.ingest.source` into the folder `out`, which is made; figures go to `report`.
+
+    Where one part alone is wanted, all pictures are in it, whatever the source says.
 
     Raises:
         DataError: the source is missing, or holds too little that can be used.
@@ -57,8 +67,8 @@ def ingest(params: Params, out: Path, report: MutableMapping[str, Any]) -> None:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     classes = sorted({entry.label for entry in source.entries})
-    fate, twin, pairs = _part(source, read, classes, wanted, out)
-    counts = _write_columns(source, read, classes, fate, out)
+    fate, twin, pairs = _part(source, read, classes, wanted, out, wanted_parts)
+    counts = _write_columns(source, read, classes, fate, out, wanted_parts)
     _write_files(source, read, fate, twin, out)
     _write_pairs(pairs, out)
     meta = {
@@ -221,14 +231,20 @@ def _row(seen: Seen) -> tuple[Any, ...]:
 
 
 def _part(
-    source: Source, read: Read, classes: Sequence[str], wanted: ImagesParams, out: Path
+    source: Source,
+    read: Read,
+    classes: Sequence[str],
+    wanted: ImagesParams,
+    out: Path,
+    wanted_parts: Sequence[str],
 ) -> tuple[parting.Codes, npt.NDArray[np.int64], Pairs]:
     """Decide on every file: its fate, the file it repeats or -1, and which files look alike."""
     numbers = {label: number for number, label in enumerate(classes)}
     codes: dict[str | None, int] = {part: code for code, part in enumerate(PARTS)}
     codes[None] = parting.UNSAID
     labels = np.fromiter((numbers[entry.label] for entry in source.entries), np.int64, len(source.entries))
-    given = np.fromiter((codes[entry.part] for entry in source.entries), np.int8, len(source.entries))
+    said = (codes[entry.part if len(wanted_parts) > 1 else wanted_parts[0]] for entry in source.entries)
+    given = np.fromiter(said, np.int8, len(source.entries))
     files = parting.Files(read.content, labels, given)
     fate, twin = parting.kept(files, parting.sources_parts(files))
     # From here on contents stand for files: each that is still in has one file, its own.
@@ -250,14 +266,14 @@ def _part(
 
 
 def _write_columns(
-    source: Source, read: Read, classes: Sequence[str], fate: parting.Codes, out: Path
+    source: Source, read: Read, classes: Sequence[str], fate: parting.Codes, out: Path, wanted_parts: Sequence[str]
 ) -> dict[str, Any]:
     used = np.flatnonzero((fate >= 0) & (fate < len(PARTS)))
     numbers = {label: number for number, label in enumerate(classes)}
     labels = np.fromiter((numbers[source.entries[f].label] for f in used), np.int64, len(used))
     split = fate[used].astype(np.uint8)
     parts = {part: int((split == code).sum()) for code, part in enumerate(PARTS)}
-    empty = [part for part, count in parts.items() if not count]
+    empty = [part for part in wanted_parts if not parts[part]]
     if empty:
         dropped = Counter(FATES[code] for code in fate if code >= len(PARTS))
         raise DataError(
