@@ -6,10 +6,11 @@ Frames and connections are uvicorn's; large heads and slow clients meet nginx be
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-Headers = tuple[tuple[bytes, bytes], ...]
+Headers = Sequence[tuple[bytes, bytes]]
+"""Names in lower case."""
 Event = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
@@ -21,6 +22,13 @@ class Request(NamedTuple):
     method: str
     path: str
     body: bytes
+    query: bytes = b""
+    """What stands behind the question mark, as it came."""
+    headers: Headers = ()
+
+    def header(self, name: bytes) -> bytes | None:
+        """Give a header's first value; `name` in lower case."""
+        return next((value for key, value in self.headers if key == name), None)
 
 
 class Response(NamedTuple):
@@ -29,7 +37,6 @@ class Response(NamedTuple):
     status: int
     body: bytes
     headers: Headers
-    """Names in lower case."""
 
 
 class DisconnectedError(Exception):
@@ -73,7 +80,8 @@ class Edge:
         await send({"type": "http.response.body", "body": response.body})
 
     async def _respond(self, scope: Event, receive: Receive) -> Response:
-        request = Request(scope["method"], scope["path"], await self._body(scope, receive))
+        body = await self._body(scope, receive)
+        request = Request(scope["method"], scope["path"], body, scope["query_string"], scope["headers"])
         task = asyncio.current_task()
         assert task is not None
         watch = asyncio.create_task(_cancel_when_gone(receive, task))

@@ -34,7 +34,7 @@ from slipway.workloads.base import Query, Tensors, parse
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[bytes], Awaitable[Response]]
+Handler = Callable[[Request], Awaitable[Response]]
 
 
 class _Route(NamedTuple):
@@ -100,7 +100,7 @@ class App:
     def drain(self) -> None:
         """Be ready no more; requests are still answered, and their connections end in good order."""
         self._waiting_for = "this replica is draining"
-        self._headers += ((b"connection", b"close"),)
+        self._headers = (*self._headers, (b"connection", b"close"))
         self._metrics.ready.set(0)
 
     def close(self) -> None:
@@ -119,7 +119,7 @@ class App:
                 label, response = route.label, self.error(405, f"{request.path} takes {route.method} only")
                 response = _with(response, b"allow", route.method.encode())
             else:
-                label, response = route.label, await route.handler(request.body)
+                label, response = route.label, await route.handler(request)
         except RequestError as error:
             response = self.error(400, str(error))
         except OverloadError as error:
@@ -155,40 +155,42 @@ class App:
             f"or /v2/models/{model.name}/infer",
         )
 
-    async def _live(self, _: bytes) -> Response:
+    async def _live(self, _: Request) -> Response:
         return self._json({"live": True})
 
-    async def _ready(self, _: bytes) -> Response:
+    async def _ready(self, _: Request) -> Response:
         if self._waiting_for is not None:
             return self.error(503, f"not ready: {self._waiting_for}")
         return self._json({"ready": True})
 
-    async def _exposition(self, _: bytes) -> Response:
+    async def _exposition(self, _: Request) -> Response:
         headers = (*self._headers, (b"content-type", CONTENT_TYPE.encode()))
         return Response(200, self._metrics.exposition(), headers)
 
-    async def _server_metadata(self, _: bytes) -> Response:
+    async def _server_metadata(self, _: Request) -> Response:
         model = self._served()
         return self._json({"name": "slipway", "version": model.version, "extensions": []})
 
-    async def _model_metadata(self, _: bytes) -> Response:
+    async def _model_metadata(self, _: Request) -> Response:
         model = self._served()
         package = model.package
         return self._json(protocol.metadata(model.name, model.version, package.inputs, package.outputs))
 
-    async def _infer(self, body: bytes) -> Response:
+    async def _infer(self, request: Request) -> Response:
         model = self._served()
         package, endpoint = model.package, model.endpoint
-        inference = protocol.read_infer(body, package.inputs, package.outputs, endpoint.outputs, self._params.max_batch)
+        inference = protocol.read_infer(
+            request.body, package.inputs, package.outputs, endpoint.outputs, self._params.max_batch
+        )
         for inputs in inference.samples:
             endpoint.check(inputs)
         results = await self._predict([Sample(Query(inputs, {}), inference.outputs) for inputs in inference.samples])
         return self._json(protocol.write_infer(model.name, model.version, inference, results, package.outputs))
 
-    async def _friendly(self, body: bytes) -> Response:
+    async def _friendly(self, request: Request) -> Response:
         model = self._served()
         endpoint = model.endpoint
-        query = endpoint.decode(body)
+        query = endpoint.decode(request.body)
         (outputs,) = await self._predict([Sample(query, endpoint.outputs)])
         answer = endpoint.encode(query, outputs)
         request_id = os.urandom(12).hex()
@@ -196,8 +198,8 @@ class App:
             self._memory.keep(request_id, Shown(model.version, endpoint.shown(answer)))
         return self._json({"request_id": request_id, "model": model.name, "version": model.version, **answer})
 
-    async def _feedback(self, body: bytes) -> Response:
-        feedback = parse(_FEEDBACK, body)
+    async def _feedback(self, request: Request) -> Response:
+        feedback = parse(_FEEDBACK, request.body)
         if self._memory is None:
             raise TransientError("feedback is not taken here: this replica was started without Redis")
         shown = await self._memory.use(feedback.request_id)
