@@ -51,6 +51,8 @@ class Package:
     """How it was compressed, such as int8 or prune-50-qat; fp32 for the model as it was trained."""
     engine: str = ENGINE
     """The engine of `slipway.serving.engines` that was the fastest for it where it was sealed."""
+    score_deciles: tuple[float, ...] = ()
+    """Nine bounds that part the scores of held-out requests into tenths; none: its drift is not watched."""
 
     def golden(self) -> tuple[Arrays, Arrays]:
         """Read the golden inputs and the outputs that the model must give for them."""
@@ -70,6 +72,7 @@ def seal(
     golden: tuple[Arrays, Arrays],
     recipe: str = "",
     engine: str = ENGINE,
+    score_deciles: tuple[float, ...] = (),
 ) -> None:
     """Write the golden tensors and, last, the manifest that makes `folder` a package."""
     named = {f"input.{k}": v for k, v in golden[0].items()} | {f"output.{k}": v for k, v in golden[1].items()}
@@ -82,6 +85,7 @@ def seal(
             "precision": precision,
             "recipe": recipe or precision,
             "engine": engine,
+            "score_deciles": score_deciles,
             "inputs": [vars(spec) for spec in inputs],
             "outputs": [vars(spec) for spec in outputs],
             "files": {str(path.relative_to(folder)): artifacts.sha256(path) for path in files},
@@ -106,6 +110,7 @@ def load(folder: Path) -> Package:
             _specs(manifest["outputs"]),
             manifest.get("recipe", manifest["precision"]),
             manifest.get("engine", ENGINE),
+            tuple(float(bound) for bound in manifest.get("score_deciles", ())),
         )
     except (DataError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{folder}: not a model package ({error})") from error

@@ -7,6 +7,7 @@ was chosen and why the others were not), reports/compress.html, and the variants
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from slipway.compression.recipes import Recipe
 from slipway.compression.search import Form
 from slipway.config import Params
 from slipway.progress import Progress
+from slipway.serving import scores
 from slipway.stage import Report
 from slipway.workloads.base import part
 
@@ -33,6 +35,7 @@ DATA, TRAINED, EXPORT, PACKAGE = (
 )
 PAGE, PLOTS = Path("reports/compress.html"), Path("reports/compress")
 SEED = 0  # of all samples that are drawn here
+SCORED = 1000  # held-out requests whose scores a replica knows
 
 
 def run(params: Params, report: Report) -> None:
@@ -112,7 +115,16 @@ def _seal(params: Params, export: Any, chosen: Form, folder: Path) -> None:
         (golden, answer),
         recipe=recipe.name,
         engine=chosen.engine,
+        score_deciles=_deciles(params, chosen, folder),
     )
+
+
+def _deciles(params: Params, chosen: Form, folder: Path) -> tuple[float, ...]:
+    """How the scores of held-out requests spread, which a replica holds live ones against."""
+    endpoint = part(params.workload, "schema").ENDPOINT(folder)
+    samples = part(params.workload, "export").replay(DATA, SCORED, SEED)
+    queries = [endpoint.decode(json.dumps(sample["request"]).encode()) for sample in samples]
+    return scores.deciles(endpoint, chosen.run, queries)
 
 
 def _told(variants: Sequence[Variant], choice: Choice, found: Sequence[Form]) -> Mapping[str, Any]:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+
+from slipway.package import MODEL, Package
 
 ENDPOINTS = ("infer", "feedback", "model", "health", "metrics", "other")
 CODES = (200, 202, 400, 404, 405, 413, 429, 500, 503)
@@ -26,6 +35,8 @@ class Metrics:
     """One registry of its own: a process may hold several servers, as tests do."""
 
     def __init__(self) -> None:
+        # They would be a series beside each other one, for what the process' start tells already.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
@@ -51,6 +62,20 @@ class Metrics:
             ["shown_version", "outcome"],
             registry=self._registry,
         )
+        scores = Counter(
+            "slipway_scores_total",
+            "Sampled scores, by the tenth of the sealed model's scores that they fall into.",
+            ["tenth"],
+            registry=self._registry,
+        )
+        self.tenths = [scores.labels(str(tenth)).inc for tenth in range(1, 11)]
+        self._model = Gauge(
+            "slipway_model_info",
+            "1: how the served model was made.",
+            ["recipe", "precision", "engine"],
+            registry=self._registry,
+        )
+        self._model_bytes = Gauge("slipway_model_bytes", "Size of the model's file.", registry=self._registry)
         self.forgotten = Counter(
             "slipway_shown_forgotten_total", "Answers not kept for feedback: Redis was away.", registry=self._registry
         )
@@ -72,6 +97,11 @@ class Metrics:
         """The engine ran one batch."""
         self._sizes(samples)
         self._engine(seconds)
+
+    def serves(self, package: Package) -> None:
+        """Tell which model is served."""
+        self._model.labels(package.recipe, package.precision, package.engine).set(1)
+        self._model_bytes.set((package.folder / MODEL).stat().st_size)
 
     def watch_queue(self, length: Callable[[], float]) -> None:
         """Read the queue's length when scraped."""

@@ -30,6 +30,7 @@ from slipway.serving.batching import Batcher
 from slipway.serving.feedback import Memory, Shown
 from slipway.serving.metrics import CONTENT_TYPE, Metrics
 from slipway.serving.model import Model, Sample
+from slipway.serving.scores import Watch
 from slipway.workloads.base import Query, Tensors, parse
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class App:
         self._model: Model | None = None
         self._batcher: Batcher[Sample, Tensors] | None = None
         self._waiting_for: str | None = "the model is being loaded and checked"
+        self._scores = Watch((), "", ())
         self._headers: Headers = ()
         self._name_version(version)
         self._routes = {
@@ -84,6 +86,8 @@ class App:
             model.predict, params.max_batch, params.max_wait_ms / 1000, params.max_queue, self._metrics
         )
         self._metrics.watch_queue(self._batcher.__len__)
+        self._metrics.serves(model.package)
+        self._scores = Watch(model.package.score_deciles, model.endpoint.outputs[-1], self._metrics.tenths)
         routes = self._routes
         routes["/v2"] = _Route("model", "GET", self._server_metadata)
         own = model.endpoint.path.rpartition("/")[2]  # such as recommend
@@ -192,6 +196,7 @@ class App:
         endpoint = model.endpoint
         query = endpoint.decode(request.body)
         (outputs,) = await self._predict([Sample(query, endpoint.outputs)])
+        self._scores.see(outputs)
         answer = endpoint.encode(query, outputs)
         request_id = os.urandom(12).hex()
         if self._memory is not None:

@@ -136,7 +136,7 @@ class Endpoint(Protocol):
     path: str
     """Path under the gateway, such as /v1/recommend."""
     outputs: Sequence[str]
-    """Names of the engine's outputs that `encode` reads."""
+    """Names of the engine's outputs that `encode` reads; the last one holds scores, larger for the surer."""
 
     def decode(self, body: bytes) -> Query:
         """Parse and check one request body.

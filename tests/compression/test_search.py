@@ -82,6 +82,7 @@ def test_the_package_names_recipe_and_engine_and_gives_its_golden_answers(
 ) -> None:
     sealed = package.load(workspace / "models/package")
     assert sealed.recipe == found["choice"]["recipe"]
+    assert len(sealed.score_deciles) == 9
     assert sealed.engine == found["variants"][sealed.recipe]["engine"]
     engines.verify(engines.of(sealed, 1), sealed)
     assert {path.name for path in (workspace / "models/export").iterdir()} == {"fp32.onnx", "int8.onnx", "bf16.onnx"}

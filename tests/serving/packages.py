@@ -12,7 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from slipway import package
 from slipway.package import TensorSpec
-from slipway.serving import engines
+from slipway.serving import engines, scores
+from slipway.workloads.base import Query
+from slipway.workloads.ranker.schema import RankerEndpoint
 
 ITEMS, MAX_LENGTH, WIDTH = 300, 20, 16
 INPUTS = (TensorSpec("history", "int64", (None, None)),)
@@ -39,9 +41,13 @@ def seal(folder: Path, items: int = ITEMS, width: int = WIDTH, seed: int = 0, pr
     )
     history_BT = np.random.default_rng(seed + 1).integers(1, items + 1, size=(8, min(10, MAX_LENGTH)))
     unverified = package.Package(folder, "ranker", "fp32", INPUTS, outputs)
-    golden = engines.of(unverified, 1).run({"history": history_BT}, [spec.name for spec in outputs])
+    engine = engines.of(unverified, 1)
+    golden = engine.run({"history": history_BT}, [spec.name for spec in outputs])
     named = {spec.name: array for spec, array in zip(outputs, golden, strict=True)}
-    package.seal(folder, "ranker", "fp32", INPUTS, outputs, ({"history": history_BT}, named))
+    queries = [Query({"history": row}, {}) for row in history_BT]
+    deciles = scores.deciles(RankerEndpoint(folder), lambda names, feed: engine.run(feed, list(names)), queries)
+    checked = ({"history": history_BT}, named)
+    package.seal(folder, "ranker", "fp32", INPUTS, outputs, checked, score_deciles=deciles)
     return folder
 
 

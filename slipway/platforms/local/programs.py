@@ -108,13 +108,14 @@ def _gateway(layout: Layout, checkout: Path, params: Params) -> Service:
 
 def _prometheus(layout: Layout, checkout: Path, params: Params) -> Service:
     folder, port = layout.folder("prometheus"), params.stack.prometheus_port
-    values = {**params.stack.model_dump(), "targets": layout.targets}
+    rules = checkout / "infra" / "prometheus" / "rules"
+    values = {**params.stack.model_dump(), "targets": layout.targets, "rules": rules}
     text = _template(checkout / "infra" / "prometheus" / "prometheus.yml.j2", values)
     artifacts.write_text(folder / "prometheus.yml", text)
     command = [find("prometheus") or "prometheus", f"--config.file={folder}/prometheus.yml"]
     command += [f"--storage.tsdb.path={folder}/data", f"--web.listen-address={HOST}:{port}", "--log.level=warn"]
     command += ["--storage.tsdb.retention.time=3d", "--storage.tsdb.retention.size=512MB"]
-    program = Program("prometheus", command, folder, _revision(text))
+    program = Program("prometheus", command, folder, _revision(text + artifacts.sha256(rules)))
     return _web(program, port, "stack.prometheus_port", "/-/ready", start_s=60)
 
 

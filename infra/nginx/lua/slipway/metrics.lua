@@ -1,4 +1,4 @@
--- Counters in a shared dict, and their text for Prometheus. A request adds to four keys; all else is done when asked.
+-- Counters in a shared dict, and their text for Prometheus. A request adds to six keys; all else is done when asked.
 local dict = ngx.shared.slipway_metrics
 local M = {}
 
@@ -23,14 +23,30 @@ function M.welcome(version, track)
     end
     dict:add("requests|" .. version .. "|" .. track .. "|realtime|200", 0)
     dict:add("sum|" .. version .. "|" .. track .. "|realtime", 0)
+    dict:add("healed|" .. version, 0)
 end
 
--- What a client got.
-function M.request(version, track, class, code, seconds)
+-- Drop the series of versions that are gone: as many stay as versions run, however many releases there were.
+function M.keep(versions)
+    for _, key in ipairs(dict:get_keys(0)) do
+        local version = key:match("^%a+|([^|]+)")
+        if version and version ~= "none" and not versions[version] then
+            dict:delete(key)
+        end
+    end
+end
+
+-- What a client got, after how many tries; the bytes of the request and of the answer.
+function M.request(version, track, class, code, seconds, tries, received, sent)
     local series = version .. "|" .. track .. "|" .. class
     dict:incr("requests|" .. series .. "|" .. code, 1, 0)
     dict:incr("sum|" .. series, seconds, 0)
     dict:incr("bucket|" .. series .. "|" .. bucket(seconds), 1, 0)
+    dict:incr("received", received, 0)
+    dict:incr("sent", sent, 0)
+    if tries > 1 and code < 500 then
+        dict:incr("healed|" .. version, 1, 0)
+    end
 end
 
 -- How one try at a replica ended.
@@ -60,57 +76,113 @@ local function histogram(out, series, sum)
     out[#out + 1] = ("slipway_gateway_request_seconds_count{%s} %d"):format(labels, total)
 end
 
+-- One line of the exposition: its labels are given in order, as name and value in turn.
+local function line(name, value, ...)
+    local labels, given = {}, { ... }
+    for index = 1, #given, 2 do
+        labels[#labels + 1] = ('%s="%s"'):format(given[index], given[index + 1])
+    end
+    local braces = #labels > 0 and "{" .. table.concat(labels, ",") .. "}" or ""
+    return ("%s%s %.14g"):format(name, braces, value)
+end
+
+local function add(lists, name, value, ...)
+    table.insert(lists[name], line("slipway_gateway_" .. name, value, ...))
+end
+
+-- What is counted, by the first word of its key.
 local WRITERS = {
     requests = function(lists, key, value)
         local _, version, track, class, code = unpack(split(key))
-        table.insert(lists.requests, ('slipway_gateway_requests_total{version="%s",track="%s",class="%s",code="%s"} %d')
-            :format(version, track, class, code, value))
+        add(lists, "requests_total", value, "version", version, "track", track, "class", class, "code", code)
     end,
     attempts = function(lists, key, value)
         local _, version, outcome = unpack(split(key))
-        table.insert(lists.attempts, ('slipway_gateway_attempts_total{version="%s",outcome="%s"} %d')
-            :format(version, outcome, value))
+        add(lists, "attempts_total", value, "version", version, "outcome", outcome)
+    end,
+    healed = function(lists, key, value)
+        add(lists, "healed_total", value, "version", (key:match("|(.*)")))
+    end,
+    received = function(lists, _, value)
+        add(lists, "bytes_total", value, "direction", "received")
+    end,
+    sent = function(lists, _, value)
+        add(lists, "bytes_total", value, "direction", "sent")
     end,
     sum = function(lists, key, value)
-        histogram(lists.seconds, key, value)
+        histogram(lists.request_seconds, key, value)
     end,
 }
 
-local function live(state, health)
-    local lines = {}
-    for version, addresses in pairs(state.versions) do
-        local sum = 0
-        for _, address in ipairs(addresses) do
-            sum = sum + health.in_flight(address)
+-- What holds at this moment, and is counted by nobody.
+local function measure(lists, slo)
+    local state, health = require("slipway.state").get(), require("slipway.health")
+    add(lists, "canary_weight", state.canary and state.weight or 0)
+    add(lists, "routed_timestamp_seconds", state.routed)
+    for _, track in ipairs({ "champion", "canary" }) do
+        if state[track] then
+            add(lists, "version_info", 1, "version", state[track], "track", track)
         end
-        lines[#lines + 1] = ('slipway_gateway_in_flight{version="%s"} %d'):format(version, sum)
     end
-    return lines
+    for version, addresses in pairs(state.versions) do
+        local flights, ready = 0, 0
+        for _, address in ipairs(addresses) do
+            flights = flights + health.in_flight(address)
+            ready = ready + (health.is_ready(address) and 1 or 0)
+        end
+        add(lists, "in_flight", flights, "version", version)
+        add(lists, "replicas", ready, "version", version, "state", "ready")
+        add(lists, "replicas", #addresses - ready, "version", version, "state", "out")
+    end
+    for _, kind in ipairs({ "active", "reading", "writing", "waiting" }) do
+        add(lists, "connections", ngx.var["connections_" .. kind], "state", kind)
+    end
+    for name, each in pairs(ngx.shared) do
+        add(lists, "dict_free_bytes", each:free_space(), "dict", name)
+    end
+    add(lists, "slo_p99_seconds", slo.p99_seconds)
+    add(lists, "slo_error_ratio", slo.error_ratio)
 end
 
-local function family(name, kind, help, lines)
-    table.sort(lines)
-    ngx.print("# HELP ", name, " ", help, "\n# TYPE ", name, " ", kind, "\n", table.concat(lines, "\n"),
-        #lines > 0 and "\n" or "")
-end
+local FAMILIES = {
+    { "requests_total", "counter", "Answers that clients got." },
+    { "attempts_total", "counter", "Tries at replicas, healed ones too." },
+    { "healed_total", "counter", "Answers that took more than one try." },
+    { "request_seconds", "histogram", "Time from a request's first byte to its answer's last." },
+    { "bytes_total", "counter", "Bytes of requests and of answers, heads too." },
+    { "canary_weight", "gauge", "Share of users on the canary (0..1)." },
+    { "version_info", "gauge", "1: the version serves this track." },
+    { "routed_timestamp_seconds", "gauge", "When the routing last changed, Unix time." },
+    { "in_flight", "gauge", "Requests at the replicas of a version." },
+    { "replicas", "gauge", "Replicas of a version that can be asked, and those that are out." },
+    { "connections", "gauge", "Connections of clients, by what they do." },
+    { "dict_free_bytes", "gauge", "Whole free pages of a shared dict." },
+    { "slo_p99_seconds", "gauge", "Largest P99 that is promised, from params.yaml." },
+    { "slo_error_ratio", "gauge", "Largest share of failed requests that is promised (0..1), from params.yaml." },
+}
 
-function M.render()
-    local lists = { requests = {}, attempts = {}, seconds = {} }
+-- `slo`: what is promised, for rules to compare with.
+function M.render(slo)
+    local lists = {}
+    for _, family in ipairs(FAMILIES) do
+        lists[family[1]] = {}
+    end
     for _, key in ipairs(dict:get_keys(0)) do
         local write = WRITERS[key:match("^[^|]*")]
         if write then
-            write(lists, key, dict:get(key))
+            write(lists, key, dict:get(key) or 0)
         end
     end
-    local state, health = require("slipway.state").get(), require("slipway.health")
-    family("slipway_gateway_requests_total", "counter", "Answers that clients got.", lists.requests)
-    family("slipway_gateway_attempts_total", "counter", "Tries at replicas, healed ones too.", lists.attempts)
-    ngx.print("# HELP slipway_gateway_request_seconds Time from a request's first byte to its answer's last.\n",
-        "# TYPE slipway_gateway_request_seconds histogram\n", table.concat(lists.seconds, "\n"),
-        #lists.seconds > 0 and "\n" or "")
-    family("slipway_gateway_canary_weight", "gauge", "Share of users on the canary.",
-        { "slipway_gateway_canary_weight " .. (state.canary and state.weight or 0) })
-    family("slipway_gateway_in_flight", "gauge", "Requests at the replicas of a version.", live(state, health))
+    measure(lists, slo)
+    for _, family in ipairs(FAMILIES) do
+        local name, kind, help = unpack(family)
+        local lines = lists[name]
+        if kind ~= "histogram" then -- its buckets stand in their order already
+            table.sort(lines)
+        end
+        ngx.print("# HELP slipway_gateway_", name, " ", help, "\n# TYPE slipway_gateway_", name, " ", kind, "\n",
+            table.concat(lines, "\n"), #lines > 0 and "\n" or "")
+    end
 end
 
 return M

@@ -194,8 +194,10 @@ function M.log()
             health.failed(address)
         end
     end
+    local way = ngx.ctx.way -- gone where nginx answers in the replicas' stead
     metrics.request(version ~= "" and version or "none", track, ngx.var.slipway_class, code,
-        tonumber(ngx.var.request_time))
+        tonumber(ngx.var.request_time), way and way.tries or 1, tonumber(ngx.var.request_length),
+        tonumber(ngx.var.bytes_sent))
 end
 
 return M

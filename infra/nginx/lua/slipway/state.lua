@@ -38,6 +38,7 @@ local function compile(document)
         canary = text(document.routing.canary),
         weight = weight,
         versions = versions,
+        routed = dict:get("routed") or ngx.now(),
     }
 end
 
@@ -55,9 +56,11 @@ function M.replace(body)
     if not state then
         return nil, problem
     end
+    local before = M.get()
     for version, addresses in pairs(state.versions) do
-        health.welcome(addresses, current and current.versions[version] or {})
+        health.welcome(addresses, before and before.versions[version] or {})
     end
+    metrics.keep(state.versions)
     for _, track in ipairs({ "champion", "canary" }) do
         if state[track] then
             metrics.welcome(state[track], track)
@@ -66,6 +69,10 @@ function M.replace(body)
     local stored, why = dict:safe_set("document", body)
     if not stored then
         return nil, why
+    end
+    if not before or before.champion ~= state.champion or before.canary ~= state.canary
+        or before.weight ~= state.weight then
+        dict:set("routed", ngx.now())
     end
     dict:incr("generation", 1, 0)
     return true
