@@ -16,24 +16,22 @@ import argparse
 import asyncio
 import errno
 import logging
-import math
 import os
 import re
+import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
-import uvicorn
 import uvloop
 from pydantic import ValidationError
 
 from slipway.config import ServeParams
 from slipway.errors import ParamsError, SlipwayError, StackError
 from slipway.serving import model as models
-from slipway.serving.asgi import Edge
+from slipway.serving.edge import BACKLOG, Edge
 from slipway.serving.feedback import Memory
 from slipway.serving.metrics import Metrics
 from slipway.serving.model import Model
@@ -42,9 +40,6 @@ from slipway.serving.server import App
 logger = logging.getLogger("slipway.serving")
 
 HOST = "127.0.0.1"
-BACKLOG = 1024
-KEEP_ALIVE_S = 15
-"""An idle connection is closed then; nginx closes its own earlier, so that it never sends into a closing one."""
 ACCEPT_S = 0.3
 """A draining replica still accepts connections for a while: the gateway may not know yet."""
 
@@ -121,8 +116,10 @@ async def _serve(port: int, params: ServeParams, label: str, load: Callable[[], 
     memory = Memory(socket_of_redis, metrics.forgotten.inc) if socket_of_redis else None
     app = App(label, params, metrics, memory)
     stopping = asyncio.Event()
-    server = Server(Edge(app, app.refuse, params.max_body_bytes), params.drain_s, stopping)
-    serving = asyncio.create_task(server.serve([listener]))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    edge = Edge(app, app.refuse, params.max_body_bytes)
+    await edge.listen(listener)
     loading = asyncio.create_task(asyncio.to_thread(load))
     stop = asyncio.create_task(stopping.wait())
     try:
@@ -134,10 +131,10 @@ async def _serve(port: int, params: ServeParams, label: str, load: Callable[[], 
             await stop
         logger.info("draining: at most %.0f s", params.drain_s)
         app.drain()
+        edge.drain()
         await asyncio.sleep(ACCEPT_S)
     finally:
-        server.should_exit = True
-        await serving
+        await edge.close(params.drain_s)
         app.close()
         if memory is not None:
             await memory.close()
@@ -152,41 +149,6 @@ def _listen(port: int) -> socket.socket:
         if error.errno != errno.EADDRINUSE:
             raise
         raise StackError(f"port {port}: in use by another program; give another --port") from error
-
-
-class Server(uvicorn.Server):
-    """uvicorn, which leaves it to us what a signal means.
-
-    Args:
-        app: the ASGI callable.
-        drain_s: longest time that it waits for requests at its end.
-        stopping: set on a signal.
-    """
-
-    def __init__(self, app: Edge, drain_s: float, stopping: asyncio.Event) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                interface="asgi3",
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,  # nginx names itself and the date
-                date_header=False,
-                backlog=BACKLOG,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=math.ceil(drain_s),
-            )
-        )
-        self._stopping, self._loop = stopping, asyncio.get_running_loop()
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take a signal, which may come in the midst of anything: only tell the loop."""
-        self._loop.call_soon_threadsafe(self._stopping.set)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ import msgspec
 from slipway.config import ServeParams
 from slipway.errors import OverloadError, RequestError, TransientError
 from slipway.serving import protocol
-from slipway.serving.asgi import Headers, Request, Response
 from slipway.serving.batching import Batcher
+from slipway.serving.edge import Request, Response
 from slipway.serving.feedback import Memory, Shown
 from slipway.serving.metrics import CONTENT_TYPE, Metrics
 from slipway.serving.model import Model, Sample
@@ -66,7 +66,7 @@ class App:
         self._batcher: Batcher[Sample, Tensors] | None = None
         self._waiting_for: str | None = "the model is being loaded and checked"
         self._scores = Watch((), "", ())
-        self._headers: Headers = ()
+        self._headers: tuple[tuple[bytes, bytes], ...] = ()
         self._name_version(version)
         self._routes = {
             "/v2/health/live": _Route("health", "GET", self._live),
@@ -102,9 +102,8 @@ class App:
         self._metrics.ready.set(1)
 
     def drain(self) -> None:
-        """Be ready no more; requests are still answered, and their connections end in good order."""
+        """Be ready no more; requests are still answered."""
         self._waiting_for = "this replica is draining"
-        self._headers = (*self._headers, (b"connection", b"close"))
         self._metrics.ready.set(0)
 
     def close(self) -> None:

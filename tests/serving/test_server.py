@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from slipway.config import ServeParams
 from slipway.serving import model as models
-from slipway.serving.asgi import Request
+from slipway.serving.edge import Request
 from slipway.serving.metrics import Metrics
 from slipway.serving.model import Sample
 from slipway.serving.server import App
