@@ -28,6 +28,27 @@ DATATYPES = {
 """Datatype of the protocol by NumPy's name."""
 
 
+EXTENSIONS: Sequence[str] = ()
+
+
+class Tensor(msgspec.Struct):
+    """An input or output of the model; -1 stands for any size."""
+
+    name: str
+    datatype: str
+    shape: Sequence[int]
+
+
+class Metadata(msgspec.Struct):
+    """What the protocol tells of a model."""
+
+    name: str
+    versions: Sequence[str]
+    platform: str
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+
+
 class _Input(msgspec.Struct):
     name: str
     shape: list[int]
@@ -139,21 +160,59 @@ def write_infer(
     return answer if inference.id is None else {**answer, "id": inference.id}
 
 
-def metadata(
-    model: str, version: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
-) -> Mapping[str, Any]:
+def metadata(model: str, version: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Metadata:
     """What the protocol tells of a model."""
-    return {
-        "name": model,
-        "versions": [version],
-        "platform": "onnx_onnxruntime",
-        "inputs": [_metadata(spec) for spec in inputs],
-        "outputs": [_metadata(spec) for spec in outputs],
+    told = [[Tensor(s.name, DATATYPES.get(s.dtype, s.dtype), _shape(s)) for s in specs] for specs in (inputs, outputs)]
+    return Metadata(model, [version], "onnx_onnxruntime", *told)
+
+
+def schemas(
+    inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], max_batch: int
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """JSON Schemas of an infer request and its answer for the model's signature."""
+    name, extra = {"type": "string"}, {"parameters": {"type": "object"}}
+    wanted = {"properties": {"name": {"enum": [s.name for s in outputs]}, **extra}, **_object("name")}
+    given = [_tensor(spec, max_batch) for spec in inputs]
+    exactly = {"minItems": len(inputs), "maxItems": len(inputs)}
+    asked = {"id": name, "inputs": _array_of(_one_of(given), **exactly), "outputs": _array_of(wanted), **extra}
+    answer = {
+        "model_name": name,
+        "model_version": name,
+        "id": name,
+        "outputs": _array_of(_one_of([_tensor(spec) for spec in outputs])),
     }
+    return (
+        {"properties": asked, **_object("inputs")},
+        {"properties": answer, **_object("model_name", "model_version", "outputs")},
+    )
 
 
-def _metadata(spec: TensorSpec) -> Mapping[str, Any]:
-    return {"name": spec.name, "datatype": DATATYPES.get(spec.dtype, spec.dtype), "shape": _shape(spec)}
+def _tensor(spec: TensorSpec, max_batch: int | None = None) -> Mapping[str, Any]:
+    sizes: list[dict[str, Any]] = [
+        {"type": "integer", "minimum": 1} if size is None else {"const": size} for size in spec.shape
+    ]
+    if max_batch is not None:
+        sizes[0] = {"type": "integer", "minimum": 1, "maximum": max_batch}
+    properties = {
+        "name": {"const": spec.name},
+        "datatype": {"const": DATATYPES.get(spec.dtype, spec.dtype)},
+        "shape": {"type": "array", "prefixItems": sizes, "minItems": len(sizes), "maxItems": len(sizes)},
+        "data": {"type": "array"},
+        "parameters": {"type": "object"},
+    }
+    return {"properties": properties, **_object("name", "datatype", "shape", "data")}
+
+
+def _object(*required: str) -> dict[str, Any]:
+    return {"type": "object", "required": list(required)}
+
+
+def _array_of(items: Mapping[str, Any], **limits: int) -> dict[str, Any]:
+    return {"type": "array", "items": items, **limits}
+
+
+def _one_of(kinds: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return kinds[0] if len(kinds) == 1 else {"oneOf": list(kinds)}
 
 
 def _shape(spec: TensorSpec) -> list[int]:

@@ -7,6 +7,7 @@
     POST /v1/...                                the workload's own endpoint
     POST /v1/feedback                           what became of an answer
     GET  /metrics
+    GET  /openapi.json, /docs                   all of this, for programs and for people
 
 Errors are {"error": "..."}; nothing of a request is ever logged.
 """
@@ -17,31 +18,50 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Awaitable, Callable
-from typing import Annotated, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypedDict, cast, get_type_hints
 
 import msgspec
 
 from slipway.config import ServeParams
 from slipway.errors import OverloadError, RequestError, TransientError
-from slipway.serving import protocol
+from slipway.serving import openapi, protocol
 from slipway.serving.batching import Batcher
 from slipway.serving.edge import Request, Response
 from slipway.serving.feedback import Memory, Shown
 from slipway.serving.metrics import CONTENT_TYPE, Metrics
 from slipway.serving.model import Model, Sample
+from slipway.serving.openapi import Route
 from slipway.serving.scores import Watch
 from slipway.workloads.base import Query, Tensors, parse
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[Request], Awaitable[Response]]
+
+class Live(msgspec.Struct):
+    """The event loop runs."""
+
+    live: bool
 
 
-class _Route(NamedTuple):
-    label: str
-    method: str
-    handler: Handler
+class Ready(msgspec.Struct):
+    """Requests are welcome."""
+
+    ready: bool
+
+
+class Server(msgspec.Struct):
+    """What the protocol tells of the server."""
+
+    name: str
+    version: str
+    extensions: Sequence[str]
+
+
+class Accepted(msgspec.Struct):
+    """It was taken."""
+
+    accepted: bool
 
 
 class Feedback(msgspec.Struct, forbid_unknown_fields=True):
@@ -55,6 +75,14 @@ class Feedback(msgspec.Struct, forbid_unknown_fields=True):
 
 _FEEDBACK = msgspec.json.Decoder(Feedback)
 _encode = msgspec.json.Encoder().encode
+NOWHERE: Mapping[str, Route] = {}
+TEXT = "text/plain"
+
+
+def answered(answer: type) -> type:
+    """Give the type of a whole answer of the workload's endpoint: who answered what, and the workload's own part."""
+    about: dict[str, Any] = {"request_id": str, "model": str, "version": str}
+    return cast("type", TypedDict("Answer", {**about, **get_type_hints(answer, include_extras=True)}))  # type: ignore[operator]
 
 
 class App:
@@ -68,11 +96,14 @@ class App:
         self._scores = Watch((), "", ())
         self._headers: tuple[tuple[bytes, bytes], ...] = ()
         self._name_version(version)
-        self._routes = {
-            "/v2/health/live": _Route("health", "GET", self._live),
-            "/v2/health/ready": _Route("health", "GET", self._ready),
-            "/metrics": _Route("metrics", "GET", self._exposition),
+        self._routes: dict[str, dict[str, Route]] = {
+            "/v2/health/live": {"GET": Route("health", self._live, "Does the server run?", Live)},
+            "/v2/health/ready": {"GET": Route("health", self._ready, "Are requests welcome?", Ready)},
+            "/metrics": {
+                "GET": Route("metrics", self._exposition, "Numbers, for Prometheus", {"type": "string"}, content=TEXT)
+            },
         }
+        self._document = b""
 
     def _name_version(self, version: str) -> None:
         self._headers = ((b"x-slipway-version", version.encode()),)
@@ -88,18 +119,36 @@ class App:
         self._metrics.watch_queue(self._batcher.__len__)
         self._metrics.serves(model.package)
         self._scores = Watch(model.package.score_deciles, model.endpoint.outputs[-1], self._metrics.tenths)
-        routes = self._routes
-        routes["/v2"] = _Route("model", "GET", self._server_metadata)
-        own = model.endpoint.path.rpartition("/")[2]  # such as recommend
-        self._metrics.name(own)
-        routes[model.endpoint.path] = _Route(own, "POST", self._friendly)
-        routes["/v1/feedback"] = _Route("feedback", "POST", self._feedback)
-        for path in (f"/v2/models/{model.name}", f"/v2/models/{model.name}/versions/{model.version}"):
-            routes[path] = _Route("model", "GET", self._model_metadata)
-            routes[f"{path}/ready"] = _Route("health", "GET", self._ready)
-            routes[f"{path}/infer"] = _Route("infer", "POST", self._infer)
+        self._routes |= self._routes_of(model)
+        page = openapi.document(f"slipway: {model.name}", model.version, self._routes)
+        self._document = _encode(page)
         self._waiting_for = None
         self._metrics.ready.set(1)
+
+    def _routes_of(self, model: Model) -> dict[str, dict[str, Route]]:
+        package, endpoint = model.package, model.endpoint
+        own = endpoint.path.rpartition("/")[2]  # such as recommend
+        self._metrics.name(own)
+        about = model.name
+        infer, inferred = protocol.schemas(package.inputs, package.outputs, self._params.max_batch)
+        html = {"type": "string"}
+        routes = {
+            endpoint.path: {
+                "POST": Route(own, self._friendly, f"Ask the {about}", answered(endpoint.answer), endpoint.request)
+            },
+            "/v1/feedback": {
+                "POST": Route("feedback", self._feedback, "Say what became of an answer", Accepted, Feedback, 202)
+            },
+            "/v2": {"GET": Route("model", self._server_metadata, "What the server is", Server)},
+            "/openapi.json": {"GET": Route("model", self._openapi, "This page, for programs", {"type": "object"})},
+            "/docs": {"GET": Route("model", self._docs, "This page, for people", html, content="text/html")},
+        }
+        for path in (f"/v2/models/{model.name}", f"/v2/models/{model.name}/versions/{model.version}"):
+            told, asked = "Inputs and outputs", "Run the model on raw tensors (Open Inference Protocol)"
+            routes[path] = {"GET": Route("model", self._model_metadata, told, protocol.Metadata)}
+            routes[f"{path}/ready"] = {"GET": Route("health", self._ready, "Are requests welcome?", Ready)}
+            routes[f"{path}/infer"] = {"POST": Route("infer", self._infer, asked, inferred, infer)}
+        return routes
 
     def drain(self) -> None:
         """Be ready no more; requests are still answered."""
@@ -114,15 +163,11 @@ class App:
     async def __call__(self, request: Request) -> Response:
         """Answer one request, whatever happens."""
         began = time.monotonic()
-        route = self._routes.get(request.path)
+        methods = self._routes.get(request.path, NOWHERE)
+        route = methods.get("GET" if request.method == "HEAD" else request.method)
+        label = "other" if route is None else route.label
         try:
-            if route is None:
-                label, response = "other", self._unknown(request.path)
-            elif request.method != route.method and (request.method, route.method) != ("HEAD", "GET"):
-                label, response = route.label, self.error(405, f"{request.path} takes {route.method} only")
-                response = _with(response, b"allow", route.method.encode())
-            else:
-                label, response = route.label, await route.handler(request)
+            response = await route.handler(request) if route is not None else self._unknown(request, methods)
         except RequestError as error:
             response = self.error(400, str(error))
         except OverloadError as error:
@@ -133,7 +178,7 @@ class App:
             where = "".join(traceback.format_tb(error.__traceback__))  # without the message: it may quote the request
             logger.error("a request failed: error=%s\n%s", type(error).__name__, where)
             response = self.error(500, "an error inside the model server; its log says where")
-        self._metrics.answered(label if route is None else route.label, response.status, time.monotonic() - began)
+        self._metrics.answered(label, response.status, time.monotonic() - began)
         return response
 
     def refuse(self, status: int, message: str) -> Response:
@@ -148,7 +193,10 @@ class App:
     def _json(self, value: object, status: int = 200) -> Response:
         return Response(status, _encode(value), (*self._headers, (b"content-type", b"application/json")))
 
-    def _unknown(self, path: str) -> Response:
+    def _unknown(self, request: Request, methods: Mapping[str, Route]) -> Response:
+        if methods:
+            allowed = ", ".join(methods)
+            return _with(self.error(405, f"{request.path} takes {allowed} only"), b"allow", allowed.encode())
         if self._model is None:
             return self.error(503, f"not ready: {self._waiting_for}")
         model = self._model
@@ -159,20 +207,26 @@ class App:
         )
 
     async def _live(self, _: Request) -> Response:
-        return self._json({"live": True})
+        return self._json(Live(True))
 
     async def _ready(self, _: Request) -> Response:
         if self._waiting_for is not None:
             return self.error(503, f"not ready: {self._waiting_for}")
-        return self._json({"ready": True})
+        return self._json(Ready(True))
 
     async def _exposition(self, _: Request) -> Response:
         headers = (*self._headers, (b"content-type", CONTENT_TYPE.encode()))
         return Response(200, self._metrics.exposition(), headers)
 
+    async def _openapi(self, _: Request) -> Response:
+        return Response(200, self._document, (*self._headers, (b"content-type", b"application/json")))
+
+    async def _docs(self, _: Request) -> Response:
+        return Response(200, openapi.DOCS.read_bytes(), (*self._headers, (b"content-type", b"text/html; charset=utf-8")))
+
     async def _server_metadata(self, _: Request) -> Response:
         model = self._served()
-        return self._json({"name": "slipway", "version": model.version, "extensions": []})
+        return self._json(Server("slipway", model.version, protocol.EXTENSIONS))
 
     async def _model_metadata(self, _: Request) -> Response:
         model = self._served()
@@ -212,7 +266,7 @@ class App:
         if isinstance(shown, Shown):
             outcome = "hit" if str(feedback.item) in shown.items else "miss"
             self._metrics.feedback.labels(shown.version, outcome).inc()
-        return self._json({"accepted": True}, 202)
+        return self._json(Accepted(True), 202)
 
     async def _predict(self, samples: list[Sample]) -> list[Tensors]:
         assert self._batcher is not None  # routed to only once a model is there

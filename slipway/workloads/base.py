@@ -138,6 +138,14 @@ class Endpoint(Protocol):
     outputs: Sequence[str]
     """Names of the engine's outputs that `encode` reads; the last one holds scores, larger for the surer."""
 
+    @property
+    def request(self) -> type:
+        """Type of a request's body, of those that msgspec decodes."""
+
+    @property
+    def answer(self) -> type:
+        """Type of what `encode` gives, a TypedDict."""
+
     def decode(self, body: bytes) -> Query:
         """Parse and check one request body.
 

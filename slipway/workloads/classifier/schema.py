@@ -13,7 +13,7 @@ from __future__ import annotations
 import binascii
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import msgspec
 import numpy as np
@@ -40,11 +40,23 @@ class Request(msgspec.Struct, forbid_unknown_fields=True):
     """Classes wanted."""
 
 
+Likely = TypedDict("Likely", {"class": str, "probability": float})
+"""A class and its probability, 0..1."""
+
+
+class Answer(TypedDict):
+    """The likeliest classes, likeliest first."""
+
+    classes: list[Likely]
+
+
 class ClassifierEndpoint:
     """Turns files into pictures, and numbers into names of classes; see `workloads.base.Endpoint`."""
 
     path = "/v1/classify"
     outputs: Sequence[str] = ("probabilities",)
+    request = Request
+    answer = Answer
 
     def __init__(self, folder: Path) -> None:
         try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import msgspec
 import numpy as np
@@ -38,11 +38,27 @@ class Request(msgspec.Struct, forbid_unknown_fields=True):
     """Tokens wanted."""
 
 
+class Likely(TypedDict):
+    """A token and its probability, 0..1."""
+
+    token: str
+    probability: float
+
+
+class Answer(TypedDict):
+    """The likeliest next tokens, likeliest first, and how many tokens of the text were read."""
+
+    tokens: list[Likely]
+    read: int
+
+
 class LlmEndpoint:
     """Turns texts into tokens and back; see `workloads.base.Endpoint`."""
 
     path = "/v1/complete"
     outputs: Sequence[str] = ("next", "log_probs")
+    request = Request
+    answer = Answer
 
     def __init__(self, folder: Path) -> None:
         try:

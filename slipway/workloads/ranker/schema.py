@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import msgspec
 import numpy as np
@@ -37,11 +37,27 @@ class Request(msgspec.Struct, forbid_unknown_fields=True):
     """The user's key; the model does not look at it."""
 
 
+class Scored(TypedDict):
+    """An item and its score, which has no unit."""
+
+    item: str
+    score: float
+
+
+class Answer(TypedDict):
+    """The best items, best first, and keys of the history that the model does not know."""
+
+    items: list[Scored]
+    ignored: list[str | int]
+
+
 class RankerEndpoint:
     """Turns keys into ids and back; see `workloads.base.Endpoint`."""
 
     path = "/v1/recommend"
     outputs: Sequence[str] = ("items", "scores")
+    request = Request
+    answer = Answer
 
     def __init__(self, folder: Path) -> None:
         try:
