@@ -1,7 +1,8 @@
-"""The Open Inference Protocol (V2) with JSON tensors: its messages, read into samples and written from results.
+"""The Open Inference Protocol (V2): its messages, read into samples and written from results.
 
 Without `outputs` a client gets what the friendly endpoint reads; an output it names, it gets. Data may be flat or
-nested; the binary extension is refused.
+nested. By the binary extension, which Triton and its clients speak, tensors follow the JSON as they lie in memory,
+little-endian and in the order in which the JSON names them; a header tells where the JSON ends.
 """
 
 # B batch
@@ -11,7 +12,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -28,7 +29,8 @@ DATATYPES = {
 """Datatype of the protocol by NumPy's name."""
 
 
-EXTENSIONS: Sequence[str] = ()
+EXTENSIONS = ("binary_tensor_data",)
+JSON_LENGTH = b"inference-header-content-length"
 
 
 class Tensor(msgspec.Struct):
@@ -49,24 +51,36 @@ class Metadata(msgspec.Struct):
     outputs: Sequence[Tensor]
 
 
+class _OfInput(msgspec.Struct, frozen=True):
+    binary_data_size: int | None = None
+
+
 class _Input(msgspec.Struct):
     name: str
     shape: list[int]
     datatype: str
-    data: msgspec.Raw
-    parameters: dict[str, Any] = {}
+    data: msgspec.Raw = msgspec.Raw()
+    parameters: _OfInput = _OfInput()
+
+
+class _OfOutput(msgspec.Struct, frozen=True):
+    binary_data: bool | None = None
 
 
 class _Output(msgspec.Struct):
     name: str
-    parameters: dict[str, Any] = {}
+    parameters: _OfOutput = _OfOutput()
+
+
+class _OfRequest(msgspec.Struct, frozen=True):
+    binary_data_output: bool = False
 
 
 class _Infer(msgspec.Struct):
     inputs: list[_Input]
     id: str | None = None
     outputs: list[_Output] | None = None
-    parameters: dict[str, Any] = {}
+    parameters: _OfRequest = _OfRequest()
 
 
 _DECODER = msgspec.json.Decoder(_Infer)
@@ -79,15 +93,43 @@ class Inference:
     samples: Sequence[Tensors]
     outputs: tuple[str, ...]
     id: str | None
+    binary: frozenset[str] = frozenset()
+    """Outputs that are given as they lie in memory."""
+
+
+class Message(NamedTuple):
+    """A body in its two parts."""
+
+    json: bytes
+    raw: bytes
+    """Tensors, one behind another."""
+
+
+def parted(body: bytes, json_length: bytes | None) -> Message:
+    """Part a body where its header says that the JSON ends.
+
+    Raises:
+        RequestError: the header is no such place.
+    """
+    if json_length is None:
+        return Message(body, b"")
+    if not json_length.isdigit() or len(json_length) > 18 or int(json_length) > len(body):
+        raise RequestError(f"Inference-Header-Content-Length: expected 0..{len(body)}, the length of the JSON")
+    end = int(json_length)
+    return Message(body[:end], body[end:])
 
 
 def read_infer(
-    body: bytes, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], default: Sequence[str], max_batch: int
+    message: Message,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    default: Sequence[str],
+    max_batch: int,
 ) -> Inference:
     """Parse and check an infer request against the model's signature.
 
     Args:
-        body: the request.
+        message: the request.
         inputs: what the model takes.
         outputs: what it gives.
         default: names of the outputs for a request that names none.
@@ -96,7 +138,7 @@ def read_infer(
     Raises:
         RequestError: says which tensor or field is wrong and what is allowed.
     """
-    request = parse(_DECODER, body)
+    request = parse(_DECODER, message.json)
     given = {tensor.name: tensor for tensor in request.inputs}
     if set(given) != {spec.name for spec in inputs} or len(given) != len(request.inputs):
         raise RequestError(f"inputs: expected {', '.join(s.name for s in inputs)} once each, got {sorted(given)}")
@@ -104,15 +146,40 @@ def read_infer(
     wanted = tuple(dict.fromkeys(o.name for o in request.outputs)) if request.outputs else tuple(default)
     if not known.issuperset(wanted):
         raise RequestError(f"outputs: expected some of {', '.join(sorted(known))}, got {list(wanted)}")
-    arrays = {spec.name: _array(given[spec.name], spec, max_batch) for spec in inputs}
+    raw = _parts(request.inputs, message.raw)
+    arrays = {spec.name: _array(given[spec.name], raw.get(spec.name), spec, max_batch) for spec in inputs}
     batch = {len(array) for array in arrays.values()}
     if len(batch) != 1:
         raise RequestError(f"inputs: the first dimensions must be equal, got {sorted(batch)}")
     samples = [{name: array[row] for name, array in arrays.items()} for row in range(batch.pop())]
-    return Inference(samples, wanted, request.id)
+    return Inference(samples, wanted, request.id, _binary(request, wanted))
 
 
-def _array(tensor: _Input, spec: TensorSpec, max_batch: int) -> Array:
+def _binary(request: _Infer, wanted: Sequence[str]) -> frozenset[str]:
+    """Which outputs are asked for as they lie in memory."""
+    asked = {output.name: output.parameters.binary_data for output in request.outputs or ()}
+    every = request.parameters.binary_data_output
+    return frozenset(name for name in wanted if (every if asked.get(name) is None else asked[name]))
+
+
+def _parts(inputs: Sequence[_Input], raw: bytes) -> Mapping[str, bytes]:
+    """Cut the raw tensors apart, by the sizes that the inputs tell."""
+    parts: dict[str, bytes] = {}
+    at = 0
+    for tensor in inputs:
+        size = tensor.parameters.binary_data_size
+        if size is None:
+            continue
+        if not 0 <= size <= len(raw) - at:
+            raise RequestError(f"{tensor.name}.parameters.binary_data_size: {len(raw) - at} bytes are left, got {size}")
+        parts[tensor.name] = raw[at : at + size]
+        at += size
+    if at != len(raw):
+        raise RequestError(f"inputs: {len(raw) - at} bytes follow that no binary_data_size tells of")
+    return parts
+
+
+def _array(tensor: _Input, raw: bytes | None, spec: TensorSpec, max_batch: int) -> Array:
     """Read one tensor: [B, ...]."""
     name, shape = spec.name, tensor.shape
     if tensor.datatype != DATATYPES.get(spec.dtype):
@@ -122,11 +189,27 @@ def _array(tensor: _Input, spec: TensorSpec, max_batch: int) -> Array:
         raise RequestError(f"{name}.shape: expected {_shape(spec)} with -1 for any from 1 up, got {shape[:8]}")
     if shape[0] > max_batch:
         raise RequestError(f"{name}.shape: expected at most {max_batch} samples, got {shape[0]}")
-    raw = bytes(tensor.data)
-    nested = raw[1:].lstrip()[:1] == b"["
+    return _from_json(tensor, spec.dtype) if raw is None else _from_memory(tensor, raw, spec.dtype)
+
+
+def _from_memory(tensor: _Input, raw: bytes, dtype: str) -> Array:
+    kind = np.dtype(dtype).newbyteorder("<")
+    size = math.prod(tensor.shape) * kind.itemsize
+    if len(raw) != size or bytes(tensor.data):
+        raise RequestError(f"{tensor.name}: expected {size} bytes for shape {tensor.shape} and no data, got {len(raw)}")
+    if kind.kind == "b":
+        return np.asarray(np.frombuffer(raw, dtype=np.uint8) != 0).reshape(tensor.shape)
+    return np.frombuffer(raw, dtype=kind).reshape(tensor.shape)
+
+
+def _from_json(tensor: _Input, dtype: str) -> Array:
+    name, shape, text = tensor.name, tensor.shape, bytes(tensor.data)
+    if not text:
+        raise RequestError(f"{name}: object missing required field `data`")
+    nested = text[1:].lstrip()[:1] == b"["
     try:
-        data = parse(_decoder(spec.dtype, len(shape) if nested else 1), raw)
-        array = np.array(data, dtype=spec.dtype)
+        data = parse(_decoder(dtype, len(shape) if nested else 1), text)
+        array = np.array(data, dtype=dtype)
     except RequestError as error:
         raise RequestError(f"{name}.data: {error}") from error
     except (ValueError, OverflowError) as error:
@@ -147,17 +230,21 @@ def _decoder(dtype: str, depth: int) -> msgspec.json.Decoder[Any]:
 
 def write_infer(
     model: str, version: str, inference: Inference, results: Sequence[Tensors], outputs: Sequence[TensorSpec]
-) -> Mapping[str, Any]:
-    """Make the answer of an infer request, data flat, from the results of its samples."""
+) -> tuple[Mapping[str, Any], list[bytes]]:
+    """Make the answer of an infer request from the results of its samples: what is JSON of it, and raw tensors."""
     dtypes = {spec.name: DATATYPES[spec.dtype] for spec in outputs}
-    tensors = []
+    tensors: list[dict[str, Any]] = []
+    raw = []
     for name in inference.outputs:
         array = np.stack([result[name] for result in results])
-        tensors.append(
-            {"name": name, "datatype": dtypes[name], "shape": list(array.shape), "data": array.ravel().tolist()}
-        )
+        tensors.append({"name": name, "datatype": dtypes[name], "shape": list(array.shape)})
+        if name in inference.binary:
+            raw.append(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+            tensors[-1]["parameters"] = {"binary_data_size": len(raw[-1])}
+        else:
+            tensors[-1]["data"] = array.ravel().tolist()
     answer = {"model_name": model, "model_version": version, "outputs": tensors}
-    return answer if inference.id is None else {**answer, "id": inference.id}
+    return (answer if inference.id is None else {**answer, "id": inference.id}), raw
 
 
 def metadata(model: str, version: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Metadata:
@@ -198,9 +285,9 @@ def _tensor(spec: TensorSpec, max_batch: int | None = None) -> Mapping[str, Any]
         "datatype": {"const": DATATYPES.get(spec.dtype, spec.dtype)},
         "shape": {"type": "array", "prefixItems": sizes, "minItems": len(sizes), "maxItems": len(sizes)},
         "data": {"type": "array"},
-        "parameters": {"type": "object"},
+        "parameters": {"type": "object", "properties": {"binary_data_size": {"type": "integer", "minimum": 0}}},
     }
-    return {"properties": properties, **_object("name", "datatype", "shape", "data")}
+    return {"properties": properties, **_object("name", "datatype", "shape")}
 
 
 def _object(*required: str) -> dict[str, Any]:

@@ -222,7 +222,8 @@ class App:
         return Response(200, self._document, (*self._headers, (b"content-type", b"application/json")))
 
     async def _docs(self, _: Request) -> Response:
-        return Response(200, openapi.DOCS.read_bytes(), (*self._headers, (b"content-type", b"text/html; charset=utf-8")))
+        headers = (*self._headers, (b"content-type", b"text/html; charset=utf-8"))
+        return Response(200, openapi.DOCS.read_bytes(), headers)
 
     async def _server_metadata(self, _: Request) -> Response:
         model = self._served()
@@ -236,13 +237,20 @@ class App:
     async def _infer(self, request: Request) -> Response:
         model = self._served()
         package, endpoint = model.package, model.endpoint
+        message = protocol.parted(request.body, request.header(protocol.JSON_LENGTH))
         inference = protocol.read_infer(
-            request.body, package.inputs, package.outputs, endpoint.outputs, self._params.max_batch
+            message, package.inputs, package.outputs, endpoint.outputs, self._params.max_batch
         )
         for inputs in inference.samples:
             endpoint.check(inputs)
         results = await self._predict([Sample(Query(inputs, {}), inference.outputs) for inputs in inference.samples])
-        return self._json(protocol.write_infer(model.name, model.version, inference, results, package.outputs))
+        answer, raw = protocol.write_infer(model.name, model.version, inference, results, package.outputs)
+        if not inference.binary:
+            return self._json(answer)
+        head = _encode(answer)
+        length = (protocol.JSON_LENGTH, str(len(head)).encode())
+        headers = (*self._headers, (b"content-type", b"application/octet-stream"), length)
+        return Response(200, b"".join([head, *raw]), headers)
 
     async def _friendly(self, request: Request) -> Response:
         model = self._served()

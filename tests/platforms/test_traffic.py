@@ -21,6 +21,7 @@ from slipway.release.replay import Replay
 from tests.conftest import needs
 from tests.platforms import stand
 from tests.platforms.stand import Here
+from tests.serving import test_protocol
 
 pytestmark = [needs("nginx", "redis-server", "prometheus"), pytest.mark.slow]
 MEASUREMENTS, LATE_MS = 3, 250
@@ -223,3 +224,11 @@ def test_batch_requests_are_served_and_counted_apart(two: Here) -> None:
     assert ask(two, **{"X-Request-Class": "batch"})[0] == 200
     new = stand.counters(two.params, "slipway_gateway_requests_total", before, 1)
     assert new == {'{version="1",track="champion",class="batch",code="200"}': 1}
+
+
+def test_a_client_of_others_and_the_pages_pass_the_gateway(two: Here) -> None:
+    for path in ("/openapi.json", "/docs"):
+        with urllib.request.urlopen(two.platform.gateway_url + path) as answer:
+            assert answer.status == 200
+    result = test_protocol.ask(two.platform.gateway_url.removeprefix("http://"), True, (True, False))
+    assert result.as_numpy("items").shape == (2, 100)

@@ -57,15 +57,22 @@ class Replica:
     def log(self) -> str:
         return self._log.read_text()
 
-    def call(self, method: str, path: str, body: bytes | Any = None, timeout: float = 30.0) -> Reply:
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: bytes | Any = None,
+        timeout: float = 30.0,
+        headers: Mapping[str, str] | None = None,
+    ) -> Reply:
         """Send one request on a connection of its own."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
             data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-            connection.request(method, path, data)
+            connection.request(method, path, data, headers or {})
             response = connection.getresponse()
-            headers = {name.lower(): value for name, value in response.getheaders()}
-            return Reply(response.status, headers, response.read())
+            named = {name.lower(): value for name, value in response.getheaders()}
+            return Reply(response.status, named, response.read())
         finally:
             connection.close()
 
