@@ -11,6 +11,7 @@ A stage calls the interface below and knows nothing of any workload. Adding one 
     scoring.py       samples, METRIC and other scores of an exported model, slices, examples, what is unknown to it;
                      chapters(run, samples, package), if there is one: what it adds to the page of `evaluate`
     schema.py        ENDPOINT: the friendly endpoint of the model server
+    offline.py       requests(params, package, work, k): a source as requests, for `predict`
 
 `part(workload, module)` imports one of them, so that a stage loads only what it needs: a replica never imports torch.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import importlib
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
@@ -61,6 +62,22 @@ class Query:
     """Engine inputs without the batch dimension, such as history [T] int64."""
     asked: Mapping[str, Any]
     """What the client asked beside the inputs, such as k."""
+
+
+@dataclass(frozen=True)
+class Requests:
+    """A source as requests to a model, for a table of its answers: made by `offline.requests`."""
+
+    key: str
+    """What a sample is called in the table, such as user."""
+    answers: str
+    """Where the endpoint's answer has its list, such as items."""
+    columns: Mapping[str, str]
+    """Arrow's types of the list's fields, by name."""
+    total: int | None
+    """Samples, where that is known before they are read."""
+    read: Callable[[int], Iterator[tuple[str, Query | None]]]
+    """Name and request of every sample from the n-th on, always in the same order; None: it cannot be read."""
 
 
 @dataclass(frozen=True)

@@ -71,15 +71,33 @@ def find(name: str, work: Path, max_bytes: int) -> Source:
         DataError: there is nothing to read.
         TransientError: its server did not answer.
     """
+    return _listed(name, _root(name, work, max_bytes))
+
+
+def pictures(name: str, work: Path, max_bytes: int) -> tuple[Path, list[str]]:
+    """List all files of a source, in whatever folders they are: the root, and paths under it, sorted.
+
+    Raises:
+        DataError: there is nothing to read.
+        TransientError: its server did not answer.
+    """
+    root = _root(name, work, max_bytes).resolve()
+    found = sorted(path.relative_to(root).as_posix() for path in _files(root) if _inside(path, root))
+    if not found:
+        raise DataError(f"{name}: holds no file")
+    return root, found
+
+
+def _root(name: str, work: Path, max_bytes: int) -> Path:
     if name == EMBEDDED:
-        return _listed(name, _digits(work / "digits"))
+        return _digits(work / "digits")
     if "://" in name:
-        return _listed(name, _unpack(name, _copy(name, work), work / "unpacked", max_bytes))
+        return _unpack(name, _copy(name, work), work / "unpacked", max_bytes)
     path = Path(name)
     if path.is_dir():
-        return _listed(name, path)
+        return path
     if path.is_file() and name.lower().endswith(ARCHIVES):
-        return _listed(name, _unpack(name, path, work / "unpacked", max_bytes))
+        return _unpack(name, path, work / "unpacked", max_bytes)
     raise DataError(f"{name}: no such folder, and no archive ({', '.join(ARCHIVES)}); {HINT}")
 
 

@@ -38,8 +38,10 @@ MAX_REJECTS = 1000
 NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 
 
-def ingest(params: Params, out: Path, report: MutableMapping[str, Any]) -> None:
+def ingest(params: Params, out: Path, report: MutableMapping[str, Any], least: int = 2) -> None:
     """Write the sequences of `params.ingest.source` into the folder `out`, which is made; figures go to `report`.
+
+    At least `least` users and items have to be left after filtering.
 
     Raises:
         DataError: the source is no table of events, a row is broken, or too little is left of it.
@@ -49,7 +51,7 @@ def ingest(params: Params, out: Path, report: MutableMapping[str, Any]) -> None:
     try:
         table = _embedded(params, work) if params.ingest.source == EMBEDDED else open_table(params.ingest, work)
         with connect(work, params.ingest.memory_mb, table) as database:
-            meta = {"source": table.name, **_sequences(database, table, params, out)}
+            meta = {"source": table.name, **_sequences(database, table, params, out, least)}
     finally:
         shutil.rmtree(work, ignore_errors=True)
     artifacts.write_json(out / "meta.json", meta)
@@ -73,11 +75,11 @@ def _embedded(params: Params, work: Path) -> Table:
     return Table(EMBEDDED, path, "parquet", header=False, width=2, user=0, item=1, time=None)
 
 
-def _sequences(database: Database, table: Table, params: Params, out: Path) -> dict[str, Any]:
+def _sequences(database: Database, table: Table, params: Params, out: Path, least: int) -> dict[str, Any]:
     rows, time_unit = _read(database, table)
     dropped = _reject(database, table, out / "rejects.parquet")
     _keep(database, params.ingest.min_user_events, params.ingest.min_item_events)
-    counts = _number(database, table, params)
+    counts = _number(database, table, params, least)
     dropped["few_events"] = rows - sum(dropped.values()) - counts["events"]
     _export(database, out, counts, timed=table.time is not None)
     return {"rows": rows, **counts, "dropped": dropped, "time_unit": time_unit}
@@ -163,7 +165,7 @@ def _keep(database: Database, min_user_events: int, min_item_events: int) -> Non
         before = now
 
 
-def _number(database: Database, table: Table, params: Params) -> dict[str, Any]:
+def _number(database: Database, table: Table, params: Params, least: int) -> dict[str, Any]:
     """Give kept users (by key) and items (by events, then key) their ids; count them and their events."""
     database.run(
         "order items",
@@ -175,10 +177,11 @@ def _number(database: Database, table: Table, params: Params) -> dict[str, Any]:
         "SELECT (SELECT count(*) FROM kept_u), (SELECT count(*) FROM items), (SELECT coalesce(sum(n), 0) FROM items)"
     )
     for count, what in ((users, "user"), (items, "item")):
-        if count < 2:
-            least = f"min_user_events {params.ingest.min_user_events}, min_item_events {params.ingest.min_item_events}"
+        if count < least:
+            limits = f"min_user_events {params.ingest.min_user_events}, min_item_events {params.ingest.min_item_events}"
             raise DataError(
-                f"{table.name}: {count or 'no'} {what} left after filtering (ingest: {least}), at least 2 are needed"
+                f"{table.name}: {count or 'no'} {what} left after filtering (ingest: {limits}), "
+                f"at least {least} are needed"
             )
     return {"events": int(events), "users": users, "items": items}
 
