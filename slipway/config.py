@@ -336,6 +336,29 @@ class ServeParams(Section):
     """Longest time that a stopping replica finishes its requests (s, over 0)."""
 
 
+class GatewayParams(Section):
+    """What the one door of the service grants a client: the name of its token, else its address."""
+
+    rate_rps: Annotated[int, Field(ge=0)] = 0
+    """Requests a second of one client; one more gets 429 (requests/s, 0: no limit)."""
+    burst: Annotated[int, Field(ge=0)] = 100
+    """Requests that a client may be ahead of its rate (0 or more)."""
+    concurrency: Annotated[int, Field(ge=0, le=65_535)] = 0
+    """Requests of one client under way at once; one more gets 429 (0: no limit)."""
+    read_s: Annotated[float, Field(ge=0.1, le=600)] = 10.0
+    """Longest time for a request's head, and between two pieces of its body or of its answer (s, 0.1..600)."""
+    tls_certificate: str | None = None
+    """Path of a certificate chain, PEM; empty: plain HTTP."""
+    tls_key: str | None = None
+    """Path of its private key, PEM."""
+
+    @model_validator(mode="after")
+    def _whole_pair(self) -> GatewayParams:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together")
+        return self
+
+
 class DeployParams(Section):
     """How a version comes up."""
 
@@ -441,6 +464,8 @@ class Params(Section):
     """The promise that canary and chaos hold a version to."""
     serve: ServeParams = ServeParams()
     """The model server."""
+    gateway: GatewayParams = GatewayParams()
+    """What the gateway grants a client."""
     deploy: DeployParams = DeployParams()
     """Step `deploy`."""
     canary: CanaryParams = CanaryParams()

@@ -11,7 +11,6 @@ import shlex
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,13 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from slipway import artifacts, config, loopback, store, tracking, workspace
+from slipway import artifacts, config, store, tracking, workspace
 from slipway.config import Params
 from slipway.errors import PlatformError, SlipwayError
+from slipway.platforms.local import gateway
 from slipway.platforms.local.airflow import USER, password_file
+from slipway.platforms.local.layout import here
+from slipway.platforms.local.unix_http import UnixConnection
 from slipway.release import replay
 from slipway.runs import Airflow, Snapshot, Task
 
@@ -182,7 +184,7 @@ def _places(params: Params, airflow: Airflow, may_show_password: bool) -> Table:
     table.add_row("Airflow", airflow.url, f"user {USER}, password {secret}")
     table.add_row("MLflow", f"http://127.0.0.1:{params.stack.mlflow_port}", "none: loopback only")
     table.add_row("Prometheus", f"http://127.0.0.1:{params.stack.prometheus_port}", "none: loopback only")
-    table.add_row("service", f"http://127.0.0.1:{params.stack.gateway_port}", "none: loopback only")
+    table.add_row("service", gateway.url(params), "a token" if here().tokens_file.exists() else "none: loopback only")
     return table
 
 
@@ -191,10 +193,13 @@ def _try_it(params: Params) -> str:
     version = tracking.resolve(params.workload, "champion")
     path, samples = replay.samples(params.workload, version)
     body = {**samples[0]["request"], "k": 5}
-    url = f"http://127.0.0.1:{params.stack.gateway_port}{path}"
-    with loopback.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=5.0) as answer:
-        told = json.dumps(json.load(answer))
-    return f"\n[bold]Try it[/]\ncurl -s {url} -d {shlex.quote(json.dumps(body))}\n{rich.markup.escape(told)}"
+    connection = UnixConnection(here().inner_socket, timeout_s=5.0)
+    connection.request("POST", path, json.dumps(body))
+    told = json.dumps(json.loads(connection.getresponse().read()))
+    connection.close()
+    token = " -H 'Authorization: Bearer TOKEN'" if here().tokens_file.exists() else ""
+    command = f"curl -s {gateway.url(params)}{path}{token} -d {shlex.quote(json.dumps(body))}"
+    return f"\n[bold]Try it[/]\n{command}\n{rich.markup.escape(told)}"
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def run(params: Params, report: Report) -> None:
             report["skipped"] = "it is the champion already"
             return
         path, samples = replay.samples(params.workload, release.version)
-        traffic = replay.Replay(platform.gateway_url, path, samples, params.canary.replay_rate_rps)
+        traffic = replay.Replay(platform.inner_url, path, samples, params.canary.replay_rate_rps)
         try:
             with traffic:
                 _Canary(platform, Limits(params.canary, params.slo), report).run(routing)

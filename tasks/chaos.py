@@ -32,7 +32,7 @@ def run(params: Params, report: Report) -> None:
             return
         path, samples = replay.samples(params.workload, version)
         report["experiments"] = findings = []
-        with replay.Replay(platform.gateway_url, path, samples, params.chaos.rate_rps) as traffic:
+        with replay.Replay(platform.inner_url, path, samples, params.chaos.rate_rps) as traffic:
             for number, fault in enumerate(Fault):
                 replicas = ready_replicas(platform, version)
                 target = replicas[number % len(replicas)]

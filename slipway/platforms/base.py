@@ -64,6 +64,10 @@ class Platform(Protocol):
         """Base URL of the service, such as http://127.0.0.1:18080."""
 
     @property
+    def inner_url(self) -> str:
+        """Where slipway's own traffic goes, without TLS, tokens and limits: a URL, or `unix:` and a socket's path."""
+
+    @property
     def prometheus_url(self) -> str:
         """Base URL of the Prometheus that scrapes gateway and replicas."""
 

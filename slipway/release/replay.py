@@ -165,8 +165,9 @@ class Replay:
             self._error = error
 
     async def _run(self) -> None:
-        timeout, connector = aiohttp.ClientTimeout(total=TIMEOUT_S), aiohttp.TCPConnector(limit=CONNECTIONS)
-        async with aiohttp.ClientSession(self._url, timeout=timeout, connector=connector) as session:
+        url, connector = _reach(self._url)
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+        async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
             watch = asyncio.create_task(self._watch())
             asks: set[asyncio.Task[None]] = set()
             for due_s, sample in self._schedule:
@@ -210,6 +211,14 @@ class Replay:
                 self.feedback_failed += response.status >= 400
         except (aiohttp.ClientError, TimeoutError):
             self.feedback_failed += 1
+
+
+def _reach(url: str) -> tuple[str, aiohttp.BaseConnector]:
+    """Part `unix:PATH` into a base URL and the way there; any other URL is its own."""
+    scheme, _, path = url.partition(":")
+    if scheme == "unix":
+        return "http://slipway", aiohttp.UnixConnector(path, limit=CONNECTIONS)
+    return url, aiohttp.TCPConnector(limit=CONNECTIONS)
 
 
 def _schedule(samples: Sequence[Sample], rate_rps: float, seed: int) -> Iterator[tuple[float, Sample]]:

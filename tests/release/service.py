@@ -96,7 +96,7 @@ class Service:
     def load(self, rate_rps: float, seed: int = 1) -> Replay:
         """Users beside those that the stages replay."""
         samples = read(candidates.replay(self.folder / "users.jsonl", self._champion_like(), count=1000, seed=seed))
-        return Replay(self.platform.gateway_url, "/v1/recommend", samples, rate_rps, seed)
+        return Replay(self.platform.inner_url, "/v1/recommend", samples, rate_rps, seed)
 
 
 def brief(params: Params) -> Params:

@@ -2,6 +2,7 @@
 
 stack.json           the checkout, interpreter and supervisord that `up` started; proves that the stack was begun
 platform.json        routing and deployments: what the gateway serves, kept across power cuts
+tokens.json          hashes of the clients' bearer tokens, if any are needed
 run/                 unix sockets and the lock of `up` and `down`
 logs/PROGRAM.log     what each program says, bounded
 supervisor/          supervisord's configuration; replicas/ holds one file a replica
@@ -47,6 +48,11 @@ class Layout:
         return self.home / "platform.json"
 
     @property
+    def tokens_file(self) -> Path:
+        """Hashes of bearer tokens."""
+        return self.home / "tokens.json"
+
+    @property
     def supervisor_socket(self) -> Path:
         """XML-RPC of supervisord."""
         return self.run / "supervisor.sock"
@@ -55,6 +61,11 @@ class Layout:
     def gateway_socket(self) -> Path:
         """The gateway's admin server."""
         return self.run / "gateway.sock"
+
+    @property
+    def inner_socket(self) -> Path:
+        """The service, for the product's own traffic: no TLS, no token, no limit."""
+        return self.run / "service.sock"
 
     @property
     def redis_socket(self) -> Path:

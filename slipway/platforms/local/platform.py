@@ -55,7 +55,12 @@ class LocalPlatform:
     @property
     def gateway_url(self) -> str:
         """Base URL of the service."""
-        return f"http://{programs.HOST}:{self._params.stack.gateway_port}"
+        return gateway.url(self._params)
+
+    @property
+    def inner_url(self) -> str:
+        """The socket for slipway's own traffic."""
+        return f"unix:{self._layout.inner_socket}"
 
     @property
     def prometheus_url(self) -> str:

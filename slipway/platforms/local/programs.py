@@ -91,8 +91,10 @@ def _gateway(layout: Layout, checkout: Path, params: Params) -> Service:
     artifacts.write_text(file, text)
     nginx = [find("nginx") or "nginx", "-p", f"{folder}/", "-c", str(file), "-e", "stderr"]
     # nginx does not take over a unix socket that a killed one left.
-    command = ["/bin/sh", "-c", 'rm -f "$1"; shift; exec "$@"', "sh", str(layout.gateway_socket), *nginx]
-    revision = {"SLIPWAY_REVISION": artifacts.sha256(checkout / "infra" / "nginx")[:12], **_revision(text)}
+    sockets = [str(layout.gateway_socket), str(layout.inner_socket)]
+    command = ["/bin/sh", "-c", 'rm -f "$1" "$2"; shift 2; exec "$@"', "sh", *sockets, *nginx]
+    revision = {"SLIPWAY_REVISION": artifacts.sha256(checkout / "infra" / "nginx")[:12]}
+    revision |= _revision(text + gateway.revision(params))
     program = Program("gateway", command, folder, revision, stop_signal="QUIT")
     ports = {"stack.gateway_port": params.stack.gateway_port, "stack.metrics_port": params.stack.metrics_port}
 
@@ -103,7 +105,7 @@ def _gateway(layout: Layout, checkout: Path, params: Params) -> Service:
             return False
         return True
 
-    return Service(program, f"http://{HOST}:{params.stack.gateway_port}", healthy, ports)
+    return Service(program, gateway.url(params), healthy, ports)
 
 
 def _prometheus(layout: Layout, checkout: Path, params: Params) -> Service:

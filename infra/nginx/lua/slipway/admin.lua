@@ -1,14 +1,17 @@
 -- What the gateway says about itself: to the platform over the admin socket, to people at `/`, to clients in errors.
 local cjson = require "cjson.safe"
+local clients = require "slipway.clients"
 local health = require "slipway.health"
 local state = require "slipway.state"
 
 local M = {}
 
 local REASONS = {
-    [400] = "malformed HTTP request",
+    [400] = "malformed HTTP request, or plain HTTP to a port that speaks TLS",
     [404] = "no such path: the service answers under /v1 and /v2",
     [405] = "method not allowed",
+    [408] = "the request did not become whole in time",
+    [429] = "more requests than this client may send, at once or in a second; try again in a moment",
     [502] = "every replica that was tried failed; try again in a moment",
     [503] = "no replica can take the request now; try again in a moment",
     [504] = "no replica answered in time; try again in a moment",
@@ -19,14 +22,27 @@ local function answer(value)
     ngx.say((cjson.encode(value):gsub("\\/", "/"))) -- cjson escapes slashes, which people would have to read
 end
 
+local function put(replace)
+    ngx.req.read_body()
+    local ok, problem = replace(ngx.req.get_body_data())
+    ngx.status = ok and 200 or 400
+    return answer(ok and { ok = true } or { error = problem })
+end
+
+-- PUT: put another set of tokens in force.
+function M.tokens()
+    if ngx.req.get_method() ~= "PUT" then
+        ngx.status = 405
+        return answer({ error = "PUT" })
+    end
+    return put(clients.replace)
+end
+
 -- GET: the state in force with the health of every replica. PUT: put another one in force.
 function M.state()
     local method = ngx.req.get_method()
     if method == "PUT" then
-        ngx.req.read_body()
-        local ok, problem = state.replace(ngx.req.get_body_data())
-        ngx.status = ok and 200 or 400
-        return answer(ok and { ok = true } or { error = problem })
+        return put(state.replace)
     elseif method ~= "GET" then
         ngx.status = 405
         return answer({ error = "GET or PUT" })
@@ -58,6 +74,12 @@ end
 
 function M.explain(max_body_bytes)
     local code, reason = ngx.status, ngx.var.slipway_reason
+    if code == 401 then
+        ngx.header["WWW-Authenticate"] = 'Bearer realm="slipway"'
+            .. (ngx.var.http_authorization and ', error="invalid_token"' or "")
+    elseif code == 429 then
+        ngx.header["Retry-After"] = 1
+    end
     if not reason or reason == "" then
         reason = code == 413 and ("the body is larger than " .. max_body_bytes .. " bytes")
             or REASONS[code] or "the gateway could not answer"

@@ -29,8 +29,8 @@ end
 -- Drop the series of versions that are gone: as many stay as versions run, however many releases there were.
 function M.keep(versions)
     for _, key in ipairs(dict:get_keys(0)) do
-        local version = key:match("^%a+|([^|]+)")
-        if version and version ~= "none" and not versions[version] then
+        local family, version = key:match("^(%a+)|([^|]+)")
+        if version and family ~= "client" and version ~= "none" and not versions[version] then
             dict:delete(key)
         end
     end
@@ -46,6 +46,26 @@ function M.request(version, track, class, code, seconds, tries, received, sent)
     dict:incr("sent", sent, 0)
     if tries > 1 and code < 500 then
         dict:incr("healed|" .. version, 1, 0)
+    end
+end
+
+-- What a client got. Clients are the names of tokens, at most as many as the file of tokens may hold, and three more.
+function M.client(name, code)
+    local outcome = code == 429 and "limited" or code >= 500 and "failed" or code >= 400 and "refused" or "ok"
+    dict:incr("client|" .. name .. "|" .. outcome, 1, 0)
+end
+
+-- Drop the series of clients whose tokens are gone.
+function M.keep_clients(names)
+    local known = { slipway = true, anonymous = true, denied = true }
+    for _, name in pairs(names) do
+        known[name] = true
+    end
+    for _, key in ipairs(dict:get_keys(0)) do
+        local name = key:match("^client|([^|]+)")
+        if name and not known[name] then
+            dict:delete(key)
+        end
     end
 end
 
@@ -103,6 +123,10 @@ local WRITERS = {
     healed = function(lists, key, value)
         add(lists, "healed_total", value, "version", (key:match("|(.*)")))
     end,
+    client = function(lists, key, value)
+        local _, client, outcome = unpack(split(key))
+        add(lists, "client_requests_total", value, "client", client, "outcome", outcome)
+    end,
     received = function(lists, _, value)
         add(lists, "bytes_total", value, "direction", "received")
     end,
@@ -146,6 +170,7 @@ end
 
 local FAMILIES = {
     { "requests_total", "counter", "Answers that clients got." },
+    { "client_requests_total", "counter", "Answers by the name of the client's token, and how they ended." },
     { "attempts_total", "counter", "Tries at replicas, healed ones too." },
     { "healed_total", "counter", "Answers that took more than one try." },
     { "request_seconds", "histogram", "Time from a request's first byte to its answer's last." },

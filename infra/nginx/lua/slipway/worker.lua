@@ -11,10 +11,11 @@ ffi.cdef [[
 local PR_SET_PDEATHSIG, SIGQUIT, OWNER_ONLY = 1, 3, 384 -- 384 is octal 600
 local M = {}
 
-function M.start(socket)
-    -- nginx opens its sockets to everybody; this one is its owner's.
-    if ffi.C.chmod(socket, OWNER_ONLY) ~= 0 then
-        error("cannot restrict " .. socket)
+function M.start(sockets)
+    for _, socket in ipairs(sockets) do -- nginx opens them to everybody; these are their owner's
+        if ffi.C.chmod(socket, OWNER_ONLY) ~= 0 then
+            error("cannot restrict " .. socket)
+        end
     end
     -- Workers outlive a master that is killed and keep its port: end with it, so that its successor can start.
     ffi.C.prctl(PR_SET_PDEATHSIG, SIGQUIT)
