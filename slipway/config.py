@@ -430,6 +430,8 @@ class StackParams(Section):
     """Alertmanager."""
     metrics_port: Port = 18085
     """nginx: the gateway's numbers, for Prometheus."""
+    page_port: Port = 18086
+    """The live page of the service."""
     replica_port: Port = 18100
     """First port of the replicas; the following ones are taken in turn."""
 

@@ -36,3 +36,11 @@ def tried(name: str, holder: str) -> Iterator[str | None]:
         stream.write(f"{holder}, process {os.getpid()}\n")
         stream.flush()
         yield None
+
+
+def holder(name: str) -> str:
+    """Read who took the lock `name` last; he may have let go of it."""
+    try:
+        return (config.home() / "locks" / f"{name}.lock").read_text().strip()
+    except OSError:
+        return ""

@@ -138,9 +138,8 @@ class _Canary:
         if (first := self._first_bad(judgement)) is not None:
             self.report["seconds_first_bad_to_zero_traffic"] = round(zero_at - first, 3)
         reasons = "; ".join(judgement.reasons)
-        history.append(
-            "canary", self.report["workload"], self.report["version"], verdict=judgement.verdict, why=reasons
-        )
+        workload, version, weight = self.report["workload"], self.report["version"], routing.canary_weight
+        history.append("canary", workload, version, verdict=judgement.verdict, weight=weight, why=reasons)
         raise CanaryRejectedError(
             f"canary at weight {routing.canary_weight:g}: {judgement.verdict}: {reasons}; "
             f"{'the champion has' if routing.champion else 'nobody has'} all the traffic; see {self.report.path}"

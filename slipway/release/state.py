@@ -30,6 +30,15 @@ def alone(step: str) -> Iterator[None]:
         yield
 
 
+def at_work() -> str:
+    """Tell which step of a release runs now, such as "canary of version 4"; empty: none.
+
+    It only looks: to try the lock would refuse it to a step that begins at this moment.
+    """
+    holder, _, process = locks.holder("release").rpartition(", process ")
+    return holder if process.isdigit() and Path(f"/proc/{process}").exists() else ""
+
+
 def move(platform: Platform, known: Routing, new: Routing) -> None:
     """Put `new` in force if `known` still is.
 

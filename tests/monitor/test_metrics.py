@@ -12,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from slipway import loopback
 from slipway.platforms.base import Routing
-from tests.conftest import ROOT, needs
+from slipway.platforms.local import stack
+from tests.conftest import ROOT, needs, until
 from tests.platforms import stand
 from tests.platforms.stand import Here
 
@@ -71,6 +72,13 @@ def test_the_page_of_metrics_tells_what_the_gateway_tells(served: Here) -> None:
 def test_the_page_of_metrics_tells_what_a_replica_tells(served: Here) -> None:
     (replica,) = served.platform.status().replicas["1"]
     assert told(f"http://{replica.address}/metrics") == documented("Replica")
+
+
+def test_the_page_of_metrics_tells_what_the_stack_tells(served: Here) -> None:
+    stack.up(served.params, ["page"], tell=lambda _: None)
+    url = f"http://127.0.0.1:{served.params.stack.page_port}/metrics"
+    until(lambda: "program" in told(url)["slipway_program_memory_bytes"][1])
+    assert told(url) == documented("Stack")
 
 
 def test_every_metric_ends_with_its_unit_and_there_are_enough() -> None:

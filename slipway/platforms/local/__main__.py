@@ -46,6 +46,8 @@ def _do(options: argparse.Namespace) -> int:
 
 def _up(params: config.Params, only: list[str]) -> None:
     stack.up(params, only)
+    if not only or "page" in only:
+        print(f"Live page: http://127.0.0.1:{params.stack.page_port}")
     if not only or "airflow" in only:
         secret = airflow.password_file(here().folder("airflow"))
         print(f"Airflow: http://127.0.0.1:{params.stack.airflow_port}, user {airflow.USER}, password in {secret}")

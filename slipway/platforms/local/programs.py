@@ -59,6 +59,7 @@ def all_of(layout: Layout, checkout: Path, python: str, params: Params) -> dict[
         _prometheus(layout, checkout, params),
         _alertmanager(layout, checkout, params),
         _mlflow(layout, python, params),
+        _page(layout, checkout, python, params),
         *_airflow(layout, checkout, python, params),
     ]
     return {service.name: service for service in services}
@@ -146,6 +147,14 @@ def _mlflow(layout: Layout, python: str, params: Params) -> Service:
     environment = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     program = Program("mlflow", command, folder, environment)
     return _web(program, port, "stack.mlflow_port", "/health", start_s=_HEAVY_START_S)
+
+
+def _page(layout: Layout, checkout: Path, python: str, params: Params) -> Service:
+    port = params.stack.page_port
+    command = [python, "-m", "slipway.monitor", "--port", str(port)]
+    revision = {"SLIPWAY_REVISION": artifacts.sha256(checkout / "slipway" / "monitor")[:12]}
+    environment = {"SLIPWAY_PARAMS": params.model_dump_json(by_alias=True), **revision}
+    return _web(Program("page", command, checkout, environment), port, "stack.page_port", "/", start_s=60)
 
 
 def _airflow(layout: Layout, checkout: Path, python: str, params: Params) -> list[Service]:
