@@ -1,14 +1,17 @@
 """Where MLflow keeps runs and versions, and two ways to it: a light one for a few calls, and MLflow's own client.
 
-Importing mlflow costs seconds of processor time, too much for a rollback. While the stack's server runs, the few calls
-that a release needs go to its REST interface directly; everything else, and a store without a server, takes the
-library's client. Both have the same method names, so the callers do not know which one they got.
+Importing mlflow costs seconds of processor time, too much for a rollback, and a replica has none. While the stack's
+server runs, the few calls that a release needs go to its REST interface directly, and what a replica reads of a store
+without a server is read from its database; everything else takes the library's client. All have the same method names,
+so the callers do not know which one they got.
 """
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import shutil
 import sqlite3
 import time
 import urllib.error
@@ -99,7 +102,7 @@ class Rest:
     def __init__(self, uri: str, timeout_s: float = TIMEOUT_S) -> None:
         self._uri, self._timeout_s = uri.rstrip("/"), timeout_s
 
-    def call(self, method: str, path: str, **fields: Any) -> dict[str, Any]:
+    def call(self, method: str, path: str, /, **fields: Any) -> dict[str, Any]:
         """Make one call; the answer as plain JSON.
 
         Raises:
@@ -139,6 +142,37 @@ class Rest:
         found = self.call("GET", "model-versions/get", name=name, version=version)["model_version"]
         return SimpleNamespace(**{**found, "tags": {t["key"]: t["value"] for t in found.get("tags", [])}})
 
+    def download_artifacts(self, run_id: str, path: str, folder: str) -> str:
+        """Fetch a folder of a run's artifacts into `folder`; where it lies then.
+
+        Raises:
+            StoreError: there is no such folder, or it names files outside of itself.
+        """
+        files = self.call("GET", "artifacts/list", run_id=run_id, path=path).get("files", [])
+        if not files:
+            raise StoreError("RESOURCE_DOES_NOT_EXIST", f"run {run_id} has no artifacts under {path}")
+        place = Path(folder, path)
+        place.mkdir(parents=True, exist_ok=True)
+        for name in (str(file["path"]) for file in files):
+            if str(Path(name).parent) != path or Path(name).name in {"", ".."}:
+                raise StoreError("INVALID_PARAMETER_VALUE", f"{name} does not lie in {path}")
+        for file in files:
+            if file.get("is_dir"):
+                self.download_artifacts(run_id, file["path"], folder)
+            else:
+                self._download(run_id, file["path"], Path(folder, file["path"]))
+        return str(place)
+
+    def _download(self, run_id: str, path: str, to: Path) -> None:
+        url = f"{self._uri}/get-artifact?" + urllib.parse.urlencode({"run_uuid": run_id, "path": path})
+        try:
+            with loopback.urlopen(url, timeout=self._timeout_s) as answer, to.open("wb") as file:
+                shutil.copyfileobj(answer, file)
+        except urllib.error.HTTPError as error:
+            raise _refusal(error) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise TransientError(f"{self._uri}: MLflow does not give {path} ({error})") from error
+
     def get_experiment_by_name(self, name: str) -> Any:
         """An experiment, or None."""
         try:
@@ -174,6 +208,45 @@ class Rest:
         return SimpleNamespace(info=SimpleNamespace(**made["info"]))
 
 
+class File:
+    """What a replica reads of MLflow's database, with MLflow's own names; nothing is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def _rows(self, query: str, *values: str) -> list[Any]:
+        try:
+            with closing(sqlite3.connect(f"file:{self._path}?mode=ro", uri=True, timeout=PROBE_S)) as database:
+                return database.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise StoreError("TEMPORARILY_UNAVAILABLE", f"{self._path}: {error}") from error
+
+    def get_registered_model(self, name: str) -> Any:
+        """A model with its aliases."""
+        if not self._rows("SELECT name FROM registered_models WHERE name = ?", name):
+            raise StoreError("RESOURCE_DOES_NOT_EXIST", f"Registered Model with name={name} not found")
+        found = self._rows("SELECT alias, version FROM registered_model_aliases WHERE name = ?", name)
+        return SimpleNamespace(aliases={alias: str(version) for alias, version in found})
+
+    def get_model_version(self, name: str, version: str) -> Any:
+        """A version with its tags."""
+        query = "SELECT run_id FROM model_versions WHERE name = ? AND version = ? AND current_stage != ?"
+        found = self._rows(query, name, version, "Deleted_Internal")
+        if not found:
+            raise StoreError("RESOURCE_DOES_NOT_EXIST", f"Model Version (name={name}, version={version}) not found")
+        tags = self._rows("SELECT key, value FROM model_version_tags WHERE name = ? AND version = ?", name, version)
+        return SimpleNamespace(run_id=found[0][0], tags=dict(tags))
+
+    def download_artifacts(self, run_id: str, path: str, folder: str) -> str:
+        """Copy a folder of a run's artifacts into `folder`; where it lies then."""
+        found = self._rows("SELECT artifact_uri FROM runs WHERE run_uuid = ?", run_id)
+        place = urllib.parse.urlsplit(found[0][0] if found else "")
+        if place.scheme not in {"", "file"}:
+            return str(client().download_artifacts(run_id, path, folder))
+        copy = shutil.copytree(Path(urllib.parse.unquote(place.path), path), Path(folder, path), dirs_exist_ok=True)
+        return str(copy)
+
+
 def _pairs(tags: Mapping[str, str]) -> list[dict[str, str]]:
     return [{"key": key, "value": value} for key, value in tags.items()]
 
@@ -191,6 +264,13 @@ def light() -> Any:
     """A client for a release's few calls: without importing mlflow while a server answers."""
     place = locate()
     return Rest(place.uri) if place.server else client()
+
+
+def reader() -> Any:
+    """A client that only reads versions, aliases and artifacts: without importing mlflow wherever that can be."""
+    place = locate()
+    file = place.uri.removeprefix("sqlite:///")
+    return File(Path(file)) if file != place.uri else light()
 
 
 def client() -> Any:

@@ -14,6 +14,7 @@ replica starts without MLflow.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -21,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from slipway import artifacts, config, locks, package, store
-from slipway.errors import DataError, ModelError, RegistryError
+from slipway.errors import DataError, ModelError, RegistryError, TransientError
+
+logger = logging.getLogger(__name__)
 
 PACKAGE, REPLAY, REFERENCE, MANIFEST = "package", "replay.jsonl", "fp32.onnx", "version.json"
 CONTENT_TAG = "content"
@@ -35,9 +38,8 @@ def aliases(workload: str) -> dict[str, str]:
         return {}
     try:
         with store.translated(workload):
-            return {
-                name: str(version) for name, version in store.light().get_registered_model(workload).aliases.items()
-            }
+            found = store.reader().get_registered_model(workload).aliases
+            return {name: str(version) for name, version in found.items()}
     except RegistryError:  # nothing was ever registered
         return {}
 
@@ -84,7 +86,7 @@ def _version(workload: str, version: str) -> Any:
         if not store.exists():
             raise RegistryError("nothing was registered yet")
         with store.translated(workload):
-            return store.light().get_model_version(workload, version)
+            return store.reader().get_model_version(workload, version)
     except RegistryError as error:
         raise RegistryError(
             f"{workload}/{version}: no such version in the registry at {store.locate().uri}; if its registration came "
@@ -95,21 +97,44 @@ def _version(workload: str, version: str) -> Any:
 def fetch(workload: str, version: str) -> Path:
     """Give the folder of a version, with `package/` and `replay.jsonl`, verified; a torn copy is fetched again.
 
+    It is held against what the registry recorded; while that does not answer, against what it recorded when the copy
+    was made, so that a replica starts again without it.
+
     Raises:
         RegistryError: there is no such version.
         ModelError: the registry's own artifacts are corrupt, too.
     """
     place = _folder(workload, version)
     try:
-        verify(place)
-    except ModelError:
+        verify(place, _recorded(workload, version))
+    except ModelError as error:
+        logger.warning("the copy of %s/%s is fetched again: %s", workload, version, error)
         _version(workload, version)
         _download(workload, version, place)
     return place
 
 
-def verify(place: Path) -> None:
+def _recorded(workload: str, version: str) -> Mapping[str, str] | None:
+    """SHA-256 of the parts of a version in the registry; None: it cannot be asked."""
+    if not store.exists():
+        return None
+    try:
+        return _parts(_version(workload, version).tags)
+    except TransientError as error:
+        logger.warning("%s/%s is held against the record of its copy alone: %s", workload, version, error)
+        return None
+
+
+def _parts(tags: Mapping[str, str]) -> dict[str, str]:
+    return {key: tags[key] for key in PARTS if key in tags}
+
+
+def verify(place: Path, recorded: Mapping[str, str] | None = None) -> None:
     """Check a copy against what was registered.
+
+    Args:
+        place: the copy's folder.
+        recorded: SHA-256 of each part by its tag, from the registry; None: the copy's own record is believed.
 
     Raises:
         ModelError: a file is missing or not what it was; names it.
@@ -118,6 +143,8 @@ def verify(place: Path) -> None:
         expected = artifacts.read_json(place / MANIFEST)
     except DataError as error:
         raise ModelError(f"{place}: no copy of a version ({error})") from error
+    if recorded is not None and expected != recorded:
+        raise ModelError(f"{place / MANIFEST}: not what the registry recorded")
     package.load(place / PACKAGE)
     for key, name in PARTS.items():
         path, known = place / name, expected.get(key)
@@ -127,8 +154,7 @@ def verify(place: Path) -> None:
 
 
 def _download(workload: str, version: str, place: Path) -> None:
-    client = store.client()
-    found = client.get_model_version(workload, version)
+    client, found = store.reader(), _version(workload, version)
     if CONTENT_TAG not in found.tags:
         raise RegistryError(f"{workload}/{version}: has no tag {CONTENT_TAG!r}, so it was not registered by slipway")
     with tempfile.TemporaryDirectory(prefix="slipway-") as scratch, store.translated(f"{workload}/{version}"):
@@ -138,7 +164,7 @@ def _download(workload: str, version: str, place: Path) -> None:
             raise ModelError(
                 f"{workload}/{version}: the registry has lost its artifacts ({error}); register the model again"
             ) from error
-        expected = {key: found.tags[key] for key in PARTS if key in found.tags}
+        expected = _parts(found.tags)
         artifacts.write_json(fetched / MANIFEST, expected)
         try:
             verify(fetched)
@@ -192,7 +218,7 @@ def register(
         known = [v for v in _versions(client, workload) if v.tags.get(CONTENT_TAG) == expected[CONTENT_TAG]]
         if known:
             version = min(known, key=lambda v: int(v.version))
-            number, expected = str(version.version), {key: version.tags[key] for key in PARTS if key in version.tags}
+            number, expected = str(version.version), _parts(version.tags)
         else:
             signature = {"inputs": [vars(s) for s in loaded.inputs], "outputs": [vars(s) for s in loaded.outputs]}
             form = {"precision": loaded.precision, "recipe": loaded.recipe, "engine": loaded.engine}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 
 from slipway import artifacts, config, package, record, store, tracking
-from slipway.errors import GateError, ModelError, RegistryError
+from slipway.errors import GateError, ModelError, RegistryError, TransientError
 from tasks import register as stage_register
 from tests.conftest import ROOT, free_port
 from tests.ranker import data
@@ -135,13 +136,66 @@ def test_a_version_that_is_corrupt_everywhere_is_refused_and_registering_it_agai
     assert tracking.fetch("lost", version) == copy
 
 
-def test_a_copy_is_given_without_importing_mlflow(run: str, tmp_path: Path, replay: Path) -> None:
+def test_a_copy_is_given_and_made_without_importing_mlflow(run: str, tmp_path: Path, replay: Path) -> None:
     version = tracking.register("light", seal(tmp_path / "one", 1), replay, run, {})
+    tracking.set_alias("light", "champion", version)
     code = (
         "import sys; from slipway import tracking;"
-        f"tracking.fetch('light', tracking.resolve('light', '{version}')); sys.exit('mlflow' in sys.modules)"
+        "tracking.fetch('light', tracking.resolve('light', 'champion')); sys.exit('mlflow' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    copy = tracking.fetch("light", version)
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        (copy / "version.json").unlink()  # the second time there is no copy
+    tracking.fetch("light", version)
+
+
+def tamper(copy: Path, tmp_path: Path) -> None:
+    """Put a whole package of another model in the place of a copy's, and its checksum into the copy's own record."""
+    shutil.rmtree(copy / "package")
+    seal(copy / "package", 666)
+    content = artifacts.sha256(copy / "package")
+    artifacts.write_json(copy / "version.json", {**artifacts.read_json(copy / "version.json"), "content": content})
+    tracking.verify(copy)  # whole in itself
+
+
+def test_a_copy_that_is_whole_but_not_the_registrys_is_never_given(run: str, tmp_path: Path, replay: Path) -> None:
+    version = tracking.register("forged", seal(tmp_path / "one", 55), replay, run, {})
+    copy = tracking.fetch("forged", version)
+    tamper(copy, tmp_path)
+    assert (tracking.fetch("forged", version) / "package" / "model.onnx").read_bytes() == b"55"
+    tamper(copy, tmp_path)
+    for path in store.artifacts_of(run).rglob("model.onnx"):
+        if path.read_bytes() == b"55":
+            path.write_bytes(b"666")  # the registry's own files are forged, too
+    command = [sys.executable, "-m", "slipway.serving", "--model", f"forged/{version}", "--port", str(free_port())]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 2, done.stderr
+    assert "both corrupt" in done.stderr
+
+
+def test_a_version_that_the_registry_does_not_know_is_not_given_from_a_copy(
+    run: str, tmp_path: Path, replay: Path
+) -> None:
+    version = tracking.register("known", seal(tmp_path / "one", 5), replay, run, {})
+    copy = tracking.fetch("known", version)
+    shutil.copytree(copy, copy.with_name("9"))
+    with pytest.raises(RegistryError, match="known/9: no such version"):
+        tracking.fetch("known", "9")
+
+
+def test_a_registry_that_is_silent_keeps_no_copy_from_use(
+    run: str, tmp_path: Path, replay: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = tracking.register("alone", seal(tmp_path / "one", 6), replay, run, {})
+    copy = tracking.fetch("alone", version)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    assert tracking.fetch("alone", version) == copy
+    (copy / "package" / "model.onnx").write_bytes(b"torn")
+    with pytest.raises(TransientError, match="MLflow does not answer"):
+        tracking.fetch("alone", version)
 
 
 def workspace(folder: Path, reports: dict[str, dict[str, Any]]) -> Path:
