@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +57,19 @@ class Package:
     """Nine bounds that part the scores of held-out requests into tenths; none: its drift is not watched."""
 
     def golden(self) -> tuple[Arrays, Arrays]:
-        """Read the golden inputs and the outputs that the model must give for them."""
-        with np.load(self.folder / GOLDEN, allow_pickle=False) as stored:
-            return (
-                {k.removeprefix("input."): stored[k] for k in stored.files if k.startswith("input.")},
-                {k.removeprefix("output."): stored[k] for k in stored.files if k.startswith("output.")},
-            )
+        """Read the golden inputs and the outputs that the model must give for them.
+
+        Raises:
+            ModelError: they are no plain tensors; what could hold code, a pickle, is not read.
+        """
+        try:
+            with np.load(self.folder / GOLDEN, allow_pickle=False) as stored:
+                return (
+                    {k.removeprefix("input."): stored[k] for k in stored.files if k.startswith("input.")},
+                    {k.removeprefix("output."): stored[k] for k in stored.files if k.startswith("output.")},
+                )
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ModelError(f"{self.folder / GOLDEN}: no archive of plain tensors ({error})") from error
 
 
 def seal(

@@ -24,6 +24,7 @@ from slipway.errors import GateError, ModelError, RegistryError, TransientError
 from tasks import register as stage_register
 from tests.conftest import ROOT, free_port
 from tests.ranker import data
+from tests.serving import bare
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow.*"),
@@ -136,16 +137,16 @@ def test_a_version_that_is_corrupt_everywhere_is_refused_and_registering_it_agai
     assert tracking.fetch("lost", version) == copy
 
 
-def test_a_copy_is_given_and_made_without_importing_mlflow(run: str, tmp_path: Path, replay: Path) -> None:
+def test_a_copy_is_given_and_made_with_what_a_replica_has_and_so_without_mlflow(
+    run: str, tmp_path: Path, replay: Path
+) -> None:
     version = tracking.register("light", seal(tmp_path / "one", 1), replay, run, {})
     tracking.set_alias("light", "champion", version)
-    code = (
-        "import sys; from slipway import tracking;"
-        "tracking.fetch('light', tracking.resolve('light', 'champion')); sys.exit('mlflow' in sys.modules)"
-    )
+    code = "from slipway import tracking; tracking.fetch('light', tracking.resolve('light', 'champion'))"
+    alone = {**os.environ, "PYTHONPATH": bare.make(tmp_path / "site")}
     copy = tracking.fetch("light", version)
     for _ in range(2):
-        subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        subprocess.run([sys.executable, *bare.ALONE, "-c", code], check=True, env=alone)
         (copy / "version.json").unlink()  # the second time there is no copy
     tracking.fetch("light", version)
 
@@ -286,8 +287,9 @@ def server(run: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     port = free_port()
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("18082", str(port)))
     file = f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", file)  # so that it is unset in the end: the next line sets it, too
     initialize_backend_stores(file, file, str(home / "mlflow" / "artifacts"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # set by the line above
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     monkeypatch.chdir(tmp_path)
     # MLflow's own application in a thread: as a process it would import for half a minute what is imported here.
     with make_server("127.0.0.1", port, app) as serving:

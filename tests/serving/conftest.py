@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +39,13 @@ class Reply:
 class Replica:
     """One server process."""
 
-    def __init__(self, folder: Path, log: Path, version: str = "7", **environment: str) -> None:
+    def __init__(
+        self, folder: Path, log: Path, version: str = "7", options: Sequence[str] = (), **environment: str
+    ) -> None:
         self.port = free_port()
         self._log = log
         given = {"SLIPWAY_SERVE": json.dumps(PARAMS), "OMP_NUM_THREADS": "1", **environment}
-        command = [sys.executable, "-W", "error", "-m", "slipway.serving", "--package", str(folder)]
+        command = [sys.executable, *options, "-W", "error", "-m", "slipway.serving", "--package", str(folder)]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [*command, "--version", version, "--port", str(self.port)],
