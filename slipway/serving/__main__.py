@@ -7,7 +7,7 @@ environment:
   SLIPWAY_SERVE   JSON of the section `serve` of params.yaml (absent: its defaults)
   SLIPWAY_REDIS   path of Redis' unix socket, which keeps what was shown (absent: no feedback)
   SLIPWAY_HOME    the state folder, where fetched models are kept
-  SLIPWAY_LOG     level of the log (INFO)
+  SLIPWAY_LOG     level of the log (INFO); SLIPWAY_LOG_FORMAT: text or json
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pydantic import ValidationError
 
 from slipway.config import ServeParams
 from slipway.errors import ParamsError, SlipwayError, StackError
+from slipway.serving import logs
 from slipway.serving import model as models
 from slipway.serving.edge import BACKLOG, Edge
 from slipway.serving.feedback import Memory
@@ -47,9 +48,11 @@ ACCEPT_S = 0.3
 def main() -> int:
     """Parse the command line, serve until a signal; the exit code."""
     options = _parser().parse_args()
-    level = os.environ.get("SLIPWAY_LOG", "INFO")
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
+        level, kind = os.environ.get("SLIPWAY_LOG", "INFO"), os.environ.get("SLIPWAY_LOG_FORMAT", "text")
+        if kind not in logs.FORMATS:
+            raise ParamsError(f"environment: SLIPWAY_LOG_FORMAT: expected {' or '.join(logs.FORMATS)}, got {kind!r}")
+        logs.configure(level, kind, {"replica": f"{HOST}:{options.port}"})
         params, (label, load) = _params(), _source(options)
         uvloop.run(_serve(options.port, params, label, lambda: load(params.threads)))
     except SlipwayError as error:

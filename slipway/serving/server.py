@@ -77,6 +77,8 @@ _FEEDBACK = msgspec.json.Decoder(Feedback)
 _encode = msgspec.json.Encoder().encode
 NOWHERE: Mapping[str, Route] = {}
 TEXT = "text/plain"
+REQUEST_ID = b"x-request-id"
+"""The gateway's name of a request, which its log bears, too."""
 
 
 def answered(answer: type) -> type:
@@ -176,7 +178,14 @@ class App:
             response = self.error(503, str(error))
         except Exception as error:  # noqa: BLE001  # the client gets a 500, the log gets the place
             where = "".join(traceback.format_tb(error.__traceback__))  # without the message: it may quote the request
-            logger.error("a request failed: error=%s\n%s", type(error).__name__, where)
+            about = {"request_id": _text(request.header(REQUEST_ID)), "endpoint": label}
+            logger.error(
+                "a request failed: error=%s request_id=%s\n%s",
+                type(error).__name__,
+                about["request_id"],
+                where,
+                extra={"about": about},
+            )
             response = self.error(500, "an error inside the model server; its log says where")
         self._metrics.answered(label, response.status, time.monotonic() - began)
         return response
@@ -283,6 +292,11 @@ class App:
     def _served(self) -> Model:
         assert self._model is not None  # routed to only once a model is there
         return self._model
+
+
+def _text(header: bytes | None) -> str:
+    """Give an id that came from outside: letters, digits and dashes, so that it cannot forge a line of the log."""
+    return "".join(c for c in (header or b"")[:64].decode("ascii", "replace") if c.isalnum() or c == "-")
 
 
 def _with(response: Response, name: bytes, value: bytes) -> Response:

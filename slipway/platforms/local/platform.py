@@ -230,6 +230,7 @@ class LocalPlatform:
     def _environment(self) -> Mapping[str, str]:
         return {
             "SLIPWAY_HOME": str(self._layout.home),
+            "SLIPWAY_LOG_FORMAT": "json",
             "SLIPWAY_SERVE": self._params.serve.model_dump_json(),
             "SLIPWAY_REDIS": str(self._layout.redis_socket),
             "OMP_NUM_THREADS": str(self._params.serve.threads),

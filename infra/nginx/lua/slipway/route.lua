@@ -11,6 +11,7 @@ local READ_S = { realtime = 0.3, feedback = 0.3, batch = 10 } -- of a try that a
 local LAST_READ_S = { realtime = 2, feedback = 2, batch = 30 } -- of the last one: late is better than never
 local TRIES_OF_VERSION = 2 -- then the champion's turn
 local TRIES = 4
+local LOGGED_ONE_IN = 100
 
 local function refuse(code, reason)
     ngx.var.slipway_reason = reason
@@ -180,7 +181,16 @@ function M.label()
     ngx.header["X-Slipway-Track"] = track ~= "" and track or nil
 end
 
-function M.log()
+-- Which requests the log tells of: failed and slow ones, and one in a hundred of the others.
+local function reason_to_log(code, seconds, slow_seconds)
+    if code >= 400 then
+        return "error"
+    end
+    return seconds > slow_seconds and "slow" or math.random(LOGGED_ONE_IN) == 1 and "sample" or nil
+end
+
+function M.log(slow_seconds)
+    ngx.var.slipway_logged = reason_to_log(ngx.status, tonumber(ngx.var.request_time), slow_seconds)
     local track, address = ngx.var.slipway_track, ngx.var.slipway_address
     if not track or track == "" then
         return

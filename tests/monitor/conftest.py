@@ -1,0 +1,3 @@
+from tests.serving.conftest import package, start
+
+__all__ = ["package", "start"]
