@@ -7,6 +7,7 @@ environment:
   SLIPWAY_SERVE   JSON of the section `serve` of params.yaml (absent: its defaults)
   SLIPWAY_REDIS   path of Redis' unix socket, which keeps what was shown (absent: no feedback)
   SLIPWAY_HOME    the state folder, where fetched models are kept
+  OTEL_EXPORTER_OTLP_ENDPOINT   URL of a collector that gets traces (absent: none are made)
   SLIPWAY_LOG     level of the log (INFO); SLIPWAY_LOG_FORMAT: text or json
 """
 
@@ -37,6 +38,7 @@ from slipway.serving.feedback import Memory
 from slipway.serving.metrics import Metrics
 from slipway.serving.model import Model
 from slipway.serving.server import App
+from slipway.serving.traces import Traces, wanted
 
 logger = logging.getLogger("slipway.serving")
 
@@ -117,11 +119,12 @@ async def _serve(port: int, params: ServeParams, label: str, load: Callable[[], 
     metrics = Metrics()
     socket_of_redis = os.environ.get("SLIPWAY_REDIS")
     memory = Memory(socket_of_redis, metrics.forgotten.inc) if socket_of_redis else None
-    app = App(label, params, metrics, memory)
+    traces = Traces() if wanted() else None
+    app = App(label, params, metrics, memory, traces)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    edge = Edge(app, app.refuse, params.max_body_bytes)
+    edge = Edge(traces.answer(app) if traces else app, app.refuse, params.max_body_bytes)
     await edge.listen(listener)
     loading = asyncio.create_task(asyncio.to_thread(load))
     stop = asyncio.create_task(stopping.wait())
@@ -141,6 +144,8 @@ async def _serve(port: int, params: ServeParams, label: str, load: Callable[[], 
         app.close()
         if memory is not None:
             await memory.close()
+        if traces is not None:
+            traces.close()
     if not loading.done():
         os._exit(0)  # its thread cannot be interrupted, and nobody waits for its model any more
 

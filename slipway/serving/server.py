@@ -33,6 +33,7 @@ from slipway.serving.metrics import CONTENT_TYPE, Metrics
 from slipway.serving.model import Model, Sample
 from slipway.serving.openapi import Route
 from slipway.serving.scores import Watch
+from slipway.serving.traces import Traces
 from slipway.workloads.base import Query, Tensors, parse
 
 logger = logging.getLogger(__name__)
@@ -90,8 +91,10 @@ def answered(answer: type) -> type:
 class App:
     """Routes requests to handlers; without a model, which `serve` brings, it is live and not ready."""
 
-    def __init__(self, version: str, params: ServeParams, metrics: Metrics, memory: Memory | None) -> None:
-        self._params, self._metrics, self._memory = params, metrics, memory
+    def __init__(
+        self, version: str, params: ServeParams, metrics: Metrics, memory: Memory | None, traces: Traces | None = None
+    ) -> None:
+        self._params, self._metrics, self._memory, self._traces = params, metrics, memory, traces
         self._model: Model | None = None
         self._batcher: Batcher[Sample, Tensors] | None = None
         self._waiting_for: str | None = "the model is being loaded and checked"
@@ -115,9 +118,9 @@ class App:
         self._name_version(model.version)
         self._model = model
         params = self._params
-        self._batcher = Batcher(
-            model.predict, params.max_batch, params.max_wait_ms / 1000, params.max_queue, self._metrics
-        )
+        work = self._traces.work(model.predict) if self._traces else model.predict
+        self._batcher = Batcher(work, params.max_batch, params.max_wait_ms / 1000, params.max_queue, self._metrics)
+        self._submit = self._traces.submit(self._batcher.submit) if self._traces else self._batcher.submit
         self._metrics.watch_queue(self._batcher.__len__)
         self._metrics.serves(model.package)
         self._scores = Watch(model.package.score_deciles, model.endpoint.outputs[-1], self._metrics.tenths)
@@ -286,8 +289,7 @@ class App:
         return self._json(Accepted(True), 202)
 
     async def _predict(self, samples: list[Sample]) -> list[Tensors]:
-        assert self._batcher is not None  # routed to only once a model is there
-        return await self._batcher.submit(samples)
+        return await self._submit(samples)
 
     def _served(self) -> Model:
         assert self._model is not None  # routed to only once a model is there

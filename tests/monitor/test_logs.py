@@ -74,7 +74,7 @@ async def fail(package: Path) -> None:
     """Ask an app whose batcher breaks."""
     app = App("1", ServeParams(), Metrics(), None)
     app.serve(models.load(package, "1", 1))
-    app._batcher.submit = broken  # type: ignore[union-attr, method-assign]  # no request can do this
+    app._submit = broken  # type: ignore[assignment]  # no request can do this
     headers = ((b"x-request-id", b"0123abcd\nforged"),)
     answer = await app(Request("POST", "/v1/recommend", b'{"history": ["item1"], "user": "secret"}', b"", headers))
     app.close()
