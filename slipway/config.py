@@ -325,7 +325,12 @@ class ServeParams(Section):
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 32
     """Most requests that share one run of the engine (1..1024)."""
     max_wait_ms: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    """Longest wait for a batch to fill while the engine is idle (ms, 0..1000; 0: work-conserving)."""
+    """Longest wait of an idle engine for a batch that is worth its run, as arrivals and runs are measured (ms, 0..1000;
+    0: work-conserving)."""
+    deadline_ms: Annotated[float, Field(ge=0, le=600_000)] = 2000.0
+    """A realtime request that cannot be answered in that time gets 504 (ms, 0: none).
+
+    The gateway waits as long for a request's last try; the header X-Deadline-Ms may lower it."""
     max_queue: Count = 512
     """Requests that may wait; one more gets 429 (1 or more)."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1_048_576

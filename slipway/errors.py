@@ -68,6 +68,10 @@ class OverloadError(TransientError):
     """More requests wait than may; goes back to the client with status 429."""
 
 
+class DeadlineError(TransientError):
+    """A request cannot be answered in time; goes back to the client with status 504."""
+
+
 class RegistryError(SlipwayError):
     """The model registry does not hold what was asked for."""
 

@@ -18,7 +18,7 @@ from prometheus_client.process_collector import ProcessCollector
 from slipway.package import MODEL, Package
 
 ENDPOINTS = ("infer", "feedback", "model", "health", "metrics", "other")
-CODES = (200, 202, 400, 404, 405, 413, 429, 500, 503)
+CODES = (200, 202, 400, 404, 405, 408, 413, 429, 431, 500, 503, 504)
 
 # Fine where a promise of 100 ms is kept or broken.
 SECONDS = (

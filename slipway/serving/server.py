@@ -15,6 +15,7 @@ Errors are {"error": "..."}; nothing of a request is ever logged.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 import traceback
@@ -24,7 +25,7 @@ from typing import Annotated, Any, TypedDict, cast, get_type_hints
 import msgspec
 
 from slipway.config import ServeParams
-from slipway.errors import OverloadError, RequestError, TransientError
+from slipway.errors import DeadlineError, OverloadError, RequestError, TransientError
 from slipway.serving import openapi, protocol
 from slipway.serving.batching import Batcher
 from slipway.serving.edge import Request, Response
@@ -80,6 +81,8 @@ NOWHERE: Mapping[str, Route] = {}
 TEXT = "text/plain"
 REQUEST_ID = b"x-request-id"
 """The gateway's name of a request, which its log bears, too."""
+DEADLINE = "Milliseconds that the client waits, if fewer than usual; what cannot be answered in them gets 504 at once."
+POSITIVE = {"type": "number", "exclusiveMinimum": 0}
 
 
 def answered(answer: type) -> type:
@@ -135,11 +138,19 @@ class App:
         own = endpoint.path.rpartition("/")[2]  # such as recommend
         self._metrics.name(own)
         about = model.name
+        deadline = ({"name": "X-Deadline-Ms", "in": "header", "description": DEADLINE, "schema": POSITIVE},)
         infer, inferred = protocol.schemas(package.inputs, package.outputs, self._params.max_batch)
         html = {"type": "string"}
         routes = {
             endpoint.path: {
-                "POST": Route(own, self._friendly, f"Ask the {about}", answered(endpoint.answer), endpoint.request)
+                "POST": Route(
+                    own,
+                    self._friendly,
+                    f"Ask the {about}",
+                    answered(endpoint.answer),
+                    endpoint.request,
+                    parameters=deadline,
+                )
             },
             "/v1/feedback": {
                 "POST": Route("feedback", self._feedback, "Say what became of an answer", Accepted, Feedback, 202)
@@ -152,7 +163,7 @@ class App:
             told, asked = "Inputs and outputs", "Run the model on raw tensors (Open Inference Protocol)"
             routes[path] = {"GET": Route("model", self._model_metadata, told, protocol.Metadata)}
             routes[f"{path}/ready"] = {"GET": Route("health", self._ready, "Are requests welcome?", Ready)}
-            routes[f"{path}/infer"] = {"POST": Route("infer", self._infer, asked, inferred, infer)}
+            routes[f"{path}/infer"] = {"POST": Route("infer", self._infer, asked, inferred, infer, parameters=deadline)}
         return routes
 
     def drain(self) -> None:
@@ -177,6 +188,8 @@ class App:
             response = self.error(400, str(error))
         except OverloadError as error:
             response = _with(self.error(429, str(error)), b"retry-after", b"1")
+        except DeadlineError as error:
+            response = self.error(504, str(error))
         except TransientError as error:
             response = self.error(503, str(error))
         except Exception as error:  # noqa: BLE001  # the client gets a 500, the log gets the place
@@ -222,9 +235,8 @@ class App:
         return self._json(Live(True))
 
     async def _ready(self, _: Request) -> Response:
-        if self._waiting_for is not None:
-            return self.error(503, f"not ready: {self._waiting_for}")
-        return self._json(Ready(True))
+        ails = self._waiting_for or (self._batcher.ails if self._batcher is not None else "")
+        return self.error(503, f"not ready: {ails}") if ails else self._json(Ready(True))
 
     async def _exposition(self, _: Request) -> Response:
         headers = (*self._headers, (b"content-type", CONTENT_TYPE.encode()))
@@ -255,7 +267,8 @@ class App:
         )
         for inputs in inference.samples:
             endpoint.check(inputs)
-        results = await self._predict([Sample(Query(inputs, {}), inference.outputs) for inputs in inference.samples])
+        samples = [Sample(Query(inputs, {}), inference.outputs) for inputs in inference.samples]
+        results = await self._predict(samples, request)
         answer, raw = protocol.write_infer(model.name, model.version, inference, results, package.outputs)
         if not inference.binary:
             return self._json(answer)
@@ -268,7 +281,7 @@ class App:
         model = self._served()
         endpoint = model.endpoint
         query = endpoint.decode(request.body)
-        (outputs,) = await self._predict([Sample(query, endpoint.outputs)])
+        (outputs,) = await self._predict([Sample(query, endpoint.outputs)], request)
         self._scores.see(outputs)
         answer = endpoint.encode(query, outputs)
         request_id = os.urandom(12).hex()
@@ -288,8 +301,24 @@ class App:
             self._metrics.feedback.labels(shown.version, outcome).inc()
         return self._json(Accepted(True), 202)
 
-    async def _predict(self, samples: list[Sample]) -> list[Tensors]:
-        return await self._submit(samples)
+    async def _predict(self, samples: list[Sample], request: Request) -> list[Tensors]:
+        return await self._submit(samples, time.monotonic() + self._patience_s(request))
+
+    def _patience_s(self, request: Request) -> float:
+        """How long the client waits: as params say for a realtime request, or as it says itself, if that is less."""
+        text, kind = request.header(b"x-deadline-ms"), request.header(b"x-request-class")
+        usual_s = math.inf if kind == b"batch" or not self._params.deadline_ms else self._params.deadline_ms / 1e3
+        if text is None:
+            return usual_s
+        try:
+            given_ms = float(text)
+        except ValueError:
+            given_ms = math.nan
+        if not 0 < given_ms < math.inf:
+            raise RequestError(
+                f"header X-Deadline-Ms: expected milliseconds over 0, got {text[:20].decode('latin-1')!r}"
+            )
+        return min(usual_s, given_ms / 1e3)
 
     def _served(self) -> Model:
         assert self._model is not None  # routed to only once a model is there

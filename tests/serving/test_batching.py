@@ -1,18 +1,24 @@
-"""The batcher alone, with engines that are slow or fail on purpose."""
+"""The batcher alone: with engines that are slow or fail on purpose, and its laws on a clock that is simulated."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipway.errors import OverloadError
-from slipway.serving.batching import Batcher
+from benchmarks import load
+from slipway.errors import DeadlineError, OverloadError, TransientError
+from slipway.serving.batching import LOOK_S, Batcher, Worker
+from slipway.serving.pace import Pace
 
 
 class Watch:
@@ -105,43 +111,6 @@ def test_what_comes_while_the_engine_is_busy_runs_together_next() -> None:
     assert gate.batches == [[1], [2, 3, 4, 5], [6, 7]]
 
 
-def test_an_idle_engine_waits_for_company_if_told_to() -> None:
-    gate = Gate()
-
-    async def test(batcher: Batcher[int, int]) -> None:
-        first = submit(batcher, 1)
-        await asyncio.sleep(0.05)
-        assert gate.batches == []
-        assert list(await asyncio.gather(first, submit(batcher, 2))) == [[2], [4]]
-
-    run(test, gate, max_batch=2, max_wait_s=60)
-    assert gate.batches == [[1, 2]]
-
-
-def test_an_idle_engine_does_not_wait_for_longer_than_that() -> None:
-    took_s = []
-
-    async def test(batcher: Batcher[int, int]) -> None:
-        for _ in range(10):
-            began = time.monotonic()
-            assert await submit(batcher, 1) == [2]
-            took_s.append(time.monotonic() - began)
-
-    run(test, Gate(), max_wait_s=0.02)
-    assert min(took_s) >= 0.02
-    assert min(took_s) < 0.5, "a busy machine may have been late, but not each time"
-
-
-def test_a_full_batch_waits_no_longer() -> None:
-    gate = Gate()
-
-    async def test(batcher: Batcher[int, int]) -> None:
-        await asyncio.wait_for(asyncio.gather(*(batcher.submit([n]) for n in range(4))), 15)
-
-    run(test, gate, max_wait_s=60)
-    assert gate.batches == [[0, 1, 2, 3]]
-
-
 def test_one_request_too_many_is_refused_at_once() -> None:
     gate = Gate(is_open=False)
 
@@ -194,3 +163,211 @@ def test_only_the_guilty_request_of_a_failed_batch_fails() -> None:
 
     run(test, gate)
     assert gate.batches[1:4] == [[1, -2, 3], [1], [-2]]
+
+
+def test_a_stalled_engine_is_told_of_and_those_who_waited_for_it_get_their_answer_in_time() -> None:
+    gate = Gate(is_open=False)
+
+    async def test(batcher: Batcher[int, int]) -> None:
+        assert batcher.ails == ""
+        late = [asyncio.create_task(batcher.submit([n], time.monotonic() + 0.1)) for n in (1, 2)]
+        for task in late:
+            with pytest.raises(DeadlineError, match="its time was up"):
+                await task
+        await until(lambda: "the engine has not come back for" in batcher.ails)
+        gate.open.set()
+        await until(lambda: batcher.ails == "")
+        assert await batcher.submit([3]) == [6]
+
+    run(test, gate, max_batch=1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_engine_is_told_of_and_nobody_waits_for_it() -> None:
+    def dies(samples: Sequence[int]) -> list[int]:
+        raise SystemExit
+
+    async def test(batcher: Batcher[int, int]) -> None:
+        waiting = [submit(batcher, n) for n in (1, 2)]
+        for task in waiting:
+            with pytest.raises(TransientError, match="dead"):
+                await task
+        assert "dead" in batcher.ails
+        with pytest.raises(TransientError, match="dead"):
+            await batcher.submit([3])
+
+    run(test, dies, max_batch=1)
+
+
+class Clock(asyncio.SelectorEventLoop):
+    """An event loop whose time jumps to the next timer, so that hours pass in a moment and nothing is ever late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        wait = self._selector.select  # type: ignore[attr-defined]
+
+        def jump(timeout: float | None) -> Any:
+            self.now += timeout or 0.0
+            return wait(0)
+
+        self._selector.select = jump  # type: ignore[attr-defined]
+
+    def time(self) -> float:
+        return self.now
+
+
+BASE_S, EACH_S = 0.00105, 0.000135
+
+
+class Simulated(Worker[int]):
+    """An engine that takes `BASE_S` for a run and `EACH_S` for a sample, by the loop's clock."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.runs: list[tuple[float, int]] = []
+
+    @property
+    def alive(self) -> bool:
+        return True
+
+    def run(self, task: Any, done: Any) -> None:
+        outcomes = task()
+        size = sum(len(outcome) for outcome in outcomes)
+        seconds = BASE_S + EACH_S * size
+        self.runs.append((self._clock.now, size))
+        self._clock.call_later(seconds, done, outcomes, seconds)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Seen:
+    """What became of the requests of a simulation."""
+
+    runs: list[tuple[float, int]]
+    """Begin and samples of each run."""
+    good: list[tuple[float, float]]
+    """Arrival and end of each that was answered."""
+    late: list[tuple[float, float]]
+    """Arrival and end of each that was refused for its deadline."""
+    full: int
+    """Those that were refused for the queue."""
+
+
+def simulate(
+    arrivals: Sequence[tuple[float, int]],
+    deadline_s: float = math.inf,
+    max_batch: int = 32,
+    max_wait_s: float = 0.0,
+    max_queue: int = 512,
+) -> Seen:
+    """Send requests at moments, each of some samples."""
+    clock = Clock()
+    seen = Seen([], [], [], 0)
+
+    async def ask(batcher: Batcher[int, int], samples: int) -> None:
+        began = clock.now
+        try:
+            assert await batcher.submit(range(samples), began + deadline_s) == [2 * n for n in range(samples)]
+            seen.good.append((began, clock.now))
+        except DeadlineError:
+            seen.late.append((began, clock.now))
+        except OverloadError:
+            seen.full += 1
+
+    async def body() -> None:
+        worker = Simulated(clock)
+        seen.runs = worker.runs
+        batcher: Batcher[int, int] = Batcher(
+            lambda samples: [2 * n for n in samples], max_batch, max_wait_s, max_queue, Watch(), worker, clock.time
+        )
+        tasks = []
+        for moment, samples in arrivals:
+            await asyncio.sleep(moment - clock.now)
+            tasks.append(asyncio.create_task(ask(batcher, samples)))
+        await asyncio.gather(*tasks)
+        assert len(batcher) == 0
+
+    try:
+        clock.run_until_complete(body())
+    finally:
+        clock.close()
+    return seen
+
+
+def users(rate_rps: float, seconds: float, seed: int = 0) -> list[tuple[float, int]]:
+    return [(moment, 1) for moment in load.poisson(rate_rps, seconds, seed).tolist()]
+
+
+traffic = st.lists(st.tuples(st.floats(0, 0.004), st.integers(1, 4)), min_size=1, max_size=80)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    gaps=traffic,
+    deadline_s=st.sampled_from([0.002, 0.005, 0.02, math.inf]),
+    max_wait_s=st.sampled_from([0.0, 0.001, 0.005]),
+    max_queue=st.integers(1, 40),
+)
+def test_every_request_has_one_end_in_time_and_batches_keep_their_bounds(
+    gaps: list[tuple[float, int]], deadline_s: float, max_wait_s: float, max_queue: int
+) -> None:
+    moments = itertools.accumulate(gap for gap, _ in gaps)
+    arrivals = [(moment, samples) for moment, (_, samples) in zip(moments, gaps, strict=True)]
+    seen = simulate(arrivals, deadline_s, 8, max_wait_s, max_queue)
+    assert len(seen.good) + len(seen.late) + seen.full == len(arrivals)
+    assert all(1 <= size <= 8 for _, size in seen.runs)
+    # One run, which none of them can shorten, may have begun before a request's end was known.
+    assert all(end - began <= deadline_s + LOOK_S + 1e-9 for began, end in (*seen.good, *seen.late))
+    for (one, size), (other, _) in itertools.pairwise(seen.runs):
+        assert other - one >= BASE_S + EACH_S * size - 1e-9, "two runs at once"
+    if not max_wait_s and deadline_s == math.inf and not seen.full:
+        for began, _ in seen.good:  # work-conserving: an idle engine starts at once
+            idle = not any(one <= began < one + BASE_S + EACH_S * size for one, size in seen.runs)
+            assert not idle or any(one == pytest.approx(began) for one, _ in seen.runs)
+
+
+@pytest.mark.parametrize("times", [0.5, 1.0, 2.0, 3.0])
+def test_as_much_is_answered_in_time_at_three_times_saturation(times: float) -> None:
+    saturation_rps = 32 / (BASE_S + 32 * EACH_S)
+    seen = simulate(users(times * saturation_rps, 0.5), deadline_s=0.05)
+    in_time = [began for began, end in seen.good if end - began <= 0.05 and began > 0.1]
+    assert len(in_time) / 0.4 > 0.93 * min(times, 1.0) * saturation_rps
+    if times > 1:
+        assert sum(end - began < 0.001 for began, end in seen.late) > 0.99 * len(seen.late), "refused late, not early"
+
+
+def test_the_window_halves_the_runs_at_middle_load_and_costs_sparse_users_nothing() -> None:
+    window_s = 0.004
+    for rate_rps in (20, 1500):
+        plain, waits = (simulate(users(rate_rps, 2.0), max_wait_s=w) for w in (0.0, window_s))
+        times = [sorted(end - began for began, end in seen.good) for seen in (plain, waits)]
+        p50, p99 = ([ms[int(q * len(ms))] for ms in times] for q in (0.5, 0.99))
+        if rate_rps == 20:
+            assert p50[1] == pytest.approx(p50[0], rel=0.01)
+        else:
+            assert len(waits.runs) < 0.6 * len(plain.runs)
+            assert p99[1] < p99[0] + window_s
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    base_s=st.floats(0.0001, 0.01), each_s=st.floats(0.00001, 0.001), sizes=st.lists(st.integers(1, 32), min_size=20)
+)
+def test_the_time_of_a_run_is_learned_from_runs(base_s: float, each_s: float, sizes: list[int]) -> None:
+    pace = Pace(32, 0.0)
+    for size in (1, 32, *sizes):
+        pace.ran(size, base_s + each_s * size)
+    for size in {1, 32, *sizes}:
+        assert pace.takes_s(size) == pytest.approx(base_s + each_s * size, rel=1e-3)
+
+
+def test_who_was_slow_once_is_asked_again() -> None:
+    pace = Pace(32, 0.0)
+    for _ in range(10):
+        pace.ran(1, 3.0)
+    for _ in range(100):
+        pace.ran(1, 0.001)
+    assert pace.takes_s(1) < 0.0011

@@ -20,7 +20,7 @@ from slipway.serving.metrics import Metrics
 from slipway.serving.model import Sample
 from slipway.serving.server import App
 from slipway.workloads.base import Query
-from tests.serving.conftest import Replica
+from tests.serving.conftest import Replica, Reply
 from tests.serving.packages import ITEMS, MAX_LENGTH, key, seal
 
 RECOMMEND = "/v1/recommend"
@@ -233,3 +233,14 @@ def test_nothing_of_a_request_is_logged(replica: Replica) -> None:
     replica.post(RECOMMEND, {"history": ["a-secret-item"], "user": "a-secret-user"})
     replica.post(RECOMMEND, b"a-secret-body")
     assert "secret" not in replica.log
+
+
+def test_a_client_says_how_long_it_waits(replica: Replica) -> None:
+    def ask(milliseconds: str) -> Reply:
+        return replica.call("POST", RECOMMEND, {"history": [key(3)]}, headers={"X-Deadline-Ms": milliseconds})
+
+    assert ask("1500").status == 200
+    assert (late := ask("0.0001")).status == 504
+    assert "time was up" in late.json["error"]
+    for wrong in ("soon", "-1", "0", "nan", "inf"):
+        assert ask(wrong).status == 400

@@ -79,7 +79,6 @@ end
 local turn = 0
 local function least_loaded(addresses, tried, must_be_ready)
     local best, best_load
-    turn = turn + 1
     for offset = 1, #addresses do
         local address = addresses[(turn + offset) % #addresses + 1]
         if not tried[address] and (not must_be_ready or health.is_ready(address)) then
@@ -148,8 +147,11 @@ function M.balance()
     local way = ngx.ctx.way
     if way.address then
         settle_failed(way)
-    elseif all_down(way.now.versions[way.version]) then
-        count_try(way.class, way.version, "error") -- nobody could even be asked
+    else
+        turn = turn + 1 -- once a request, or ties of two would always go to the same one
+        if all_down(way.now.versions[way.version]) then
+            count_try(way.class, way.version, "error") -- nobody could even be asked
+        end
     end
     local address, version, ready = choose(way)
     if not address and not way.address then
@@ -200,7 +202,7 @@ function M.log(slow_seconds)
         health.count(address, -1)
         local outcome = outcome_of(code)
         count_try(ngx.var.slipway_class, version, outcome)
-        if outcome == "timeout" then
+        if outcome == "timeout" and not ngx.var.upstream_http_x_slipway_version then -- its own 504 is no silence
             health.failed(address)
         end
     end
