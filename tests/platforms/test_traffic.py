@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -232,3 +233,31 @@ def test_a_client_of_others_and_the_pages_pass_the_gateway(two: Here) -> None:
             assert answer.status == 200
     result = test_protocol.ask(two.platform.gateway_url.removeprefix("http://"), True, (True, False))
     assert result.as_numpy("items").shape == (2, 100)
+
+
+def test_idle_replicas_take_turns(two: Here) -> None:
+    addresses = [one.address for one in two.platform.status().replicas["1"]]
+    before = [answered(address) for address in addresses]
+    connection = http.client.HTTPConnection("127.0.0.1", two.params.stack.gateway_port)
+    for _ in range(20):  # on one connection: every worker of nginx counts its own turns
+        connection.request("POST", "/v1/recommend", b'{"history": ["item1"]}')
+        assert connection.getresponse().read()
+    connection.close()
+    shares = [answered(address) - then for address, then in zip(addresses, before, strict=True)]
+    assert sum(shares) == 20
+    assert min(shares) >= 5, shares
+
+
+def answered(address: str) -> int:
+    with urllib.request.urlopen(f"http://{address}/metrics") as answer:
+        series = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
+    return int(float(series.get('slipway_requests_total{code="200",endpoint="recommend"}', "0")))
+
+
+def test_a_replica_that_refuses_what_is_late_is_not_asked_again_and_stays_in_rotation(two: Here) -> None:
+    before = stand.counters(two.params, "slipway_gateway_attempts_total")
+    code, _, body = ask(two, **{"X-Deadline-Ms": "0.0001"})
+    assert (code, body["error"][:15]) == (504, "its time was up")
+    counted = stand.counters(two.params, "slipway_gateway_attempts_total", before, 1)
+    assert sum(counted.values()) == 1, counted
+    assert ask(two)[0] == 200
