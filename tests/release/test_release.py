@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from slipway import artifacts, tracking
+from slipway import artifacts, store, tracking
 from slipway.config import ChaosParams
 from slipway.errors import (
     CanaryRejectedError,
@@ -305,14 +305,18 @@ def test_a_version_that_fails_its_trial_is_removed_again(one: World) -> None:
     folder = tracking.fetch(WORKLOAD, version)
     whole = (folder / "replay.jsonl").read_text()
     manifest = artifacts.read_json(folder / "version.json")
+
+    def record(replay: str) -> None:
+        artifacts.write_json(folder / "version.json", {**manifest, "replay": replay})
+        store.client().set_model_version_tag(WORKLOAD, version, "replay", replay)
+
     try:
         artifacts.write_text(folder / "replay.jsonl", "".join(reversed(whole.splitlines(keepends=True))))
-        changed = {**manifest, "replay": artifacts.sha256(folder / "replay.jsonl")}
-        artifacts.write_json(folder / "version.json", changed)
+        record(artifacts.sha256(folder / "replay.jsonl"))
         with pytest.raises(PlatformError, match="smoke request .* got 500"):
             one.service.step("deploy", version=version)
     finally:
         artifacts.write_text(folder / "replay.jsonl", whole)
-        artifacts.write_json(folder / "version.json", manifest)
+        record(manifest["replay"])
     assert set(one.service.platform.status().replicas) == {one.versions["one"]}
     assert one.routing == Routing(champion=one.versions["one"])

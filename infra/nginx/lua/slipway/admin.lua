@@ -77,6 +77,8 @@ function M.explain(max_body_bytes)
     if code == 401 then
         ngx.header["WWW-Authenticate"] = 'Bearer realm="slipway"'
             .. (ngx.var.http_authorization and ', error="invalid_token"' or "")
+    elseif code == 405 then -- of nginx itself, which traces nothing; a replica names the methods of its path
+        ngx.header["Allow"] = "GET, HEAD, POST, DELETE"
     elseif code == 429 then
         ngx.header["Retry-After"] = 1
     end
