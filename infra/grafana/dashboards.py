@@ -107,6 +107,7 @@ REPLICAS = Board(
             "Stages of a request",
             [
                 Panel("Queue", "s", quantiles("slipway_queue_seconds")),
+                Panel("Batch, while it gathers", "s", quantiles("slipway_batch_seconds")),
                 Panel("Engine", "s", quantiles("slipway_engine_seconds")),
                 Panel("Whole, by endpoint", "s", quantiles("slipway_request_seconds", "endpoint")),
             ],

@@ -19,8 +19,8 @@ SPAN_S, STEP_S = 300, 2
 WEIGHT = "slipway_gateway_canary_weight"
 LINES = f'{{__name__=~"track:requests:rate15s|track:request_seconds:p99|track:failed_requests:ratio15s|{WEIGHT}"}}'
 VALUES = (
-    '{__name__=~"version:.+|class:requests:rate15s|replica:requests:rate15s|cache:lookups:ratio15s|pool:requests:rate15s'
-    '|slipway_queue_length|slipway_program_.+|process_resident_memory_bytes|up"}'
+    '{__name__=~"version:.+|class:requests:rate15s|replica:requests:rate15s|cache:lookups:ratio15s'
+    '|slipway_gateway_pool_.+|slipway_queue_length|slipway_program_.+|process_resident_memory_bytes|up"}'
 )
 EVENTS = 4
 
@@ -158,10 +158,17 @@ def _versions(facts: Facts, track_of: Mapping[str, str]) -> list[dict[str, Any]]
 
 
 def _pools(facts: Facts) -> list[dict[str, Any]]:
-    rates = _by(facts, "pool:requests:rate15s", "pool")
-    total = sum(rate or 0 for rate in rates.values())
+    weights, prices = (_by(facts, f"slipway_gateway_pool_{what}", "pool") for what in ("weight", "price_per_hour"))
+    states = list(_of(facts, "slipway_gateway_pool_replicas"))
     return [
-        {"name": name, "rate": rate, "share": (rate or 0) / total if total else None} for name, rate in rates.items()
+        {
+            "name": name,
+            "weight": weight,
+            "ready": sum(s.value for s in states if s.labels["pool"] == name and s.labels["state"] == "ready"),
+            "replicas": sum(s.value for s in states if s.labels["pool"] == name),
+            "price_per_hour": prices.get(name),
+        }
+        for name, weight in weights.items()
     ]
 
 

@@ -39,6 +39,9 @@ class Observer(Protocol):
     def waited(self, seconds: float) -> None:
         """One request left the queue for the engine."""
 
+    def gathered(self, seconds: float) -> None:
+        """One batch left it, so long after its first request came."""
+
     def ran(self, samples: int, seconds: float) -> None:
         """The engine ran one batch."""
 
@@ -218,6 +221,7 @@ class Batcher(Generic[T, R]):
             batch.append(job)
             self._observer.waited(now - job.queued)
         if batch:
+            self._observer.gathered(now - batch[0].queued)
             self._running, self._size, self._began = batch, self._max_batch - room, now
             self._worker.run(lambda: self._run(batch), lambda outcomes, seconds: self._finish(batch, outcomes, seconds))
             self._loop.call_later(LOOK_S, self._look, batch)

@@ -52,6 +52,9 @@ class Metrics:
         self.waited = self._histogram(
             "slipway_queue_seconds", "Wait of a request for the engine.", ENGINE_SECONDS
         ).observe
+        self.gathered = self._histogram(
+            "slipway_batch_seconds", "From a batch's first request to its run.", ENGINE_SECONDS
+        ).observe
         self._engine = self._histogram("slipway_engine_seconds", "One run of the engine.", ENGINE_SECONDS).observe
         self._sizes = self._histogram("slipway_batch_size", "Samples in one run of the engine.", SIZES).observe
         self._queue = Gauge("slipway_queue_length", "Requests that wait for the engine.", registry=self._registry)

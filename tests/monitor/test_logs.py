@@ -82,7 +82,7 @@ async def fail(package: Path) -> None:
     assert b"secret" not in answer.body
 
 
-async def broken(_: object) -> None:
+async def broken(*_: object) -> None:
     raise KeyError("".join(["sec", "ret"]))  # a trace quotes its source
 
 

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from slipway import loopback
+from slipway.config import Params
 from slipway.monitor import view
+from slipway.monitor.prometheus import Sample
 from slipway.platforms.base import Routing
 from slipway.platforms.local import stack
 from slipway.release import history
@@ -102,6 +104,23 @@ def test_the_page_is_for_this_machine_alone_and_runs_nothing_from_elsewhere(show
     connection.close()
     with loopback.urlopen(f"{shown}runbooks/ErrorRatio", timeout=10) as answer:
         assert "<h1>ErrorRatio</h1>" in answer.read().decode()
+
+
+def test_pools_and_levels_of_the_cache_are_shown_where_there_are_any() -> None:
+    pool = {"pool": "cpu"}
+    values = [
+        Sample("slipway_gateway_pool_weight", pool, 0.75),
+        Sample("slipway_gateway_pool_price_per_hour", pool, 0.4),
+        Sample("slipway_gateway_pool_replicas", {**pool, "state": "ready"}, 2),
+        Sample("slipway_gateway_pool_replicas", {**pool, "state": "out"}, 1),
+        Sample("cache:lookups:ratio15s", {"level": "memory"}, 0.9),
+        Sample("cache:lookups:ratio15s", {"level": "redis"}, float("nan")),
+    ]
+    shown = view.view(view.Facts(times=[0, 2], values=values), Params())
+    assert shown["pools"] == [{"name": "cpu", "weight": 0.75, "ready": 2, "replicas": 3, "price_per_hour": 0.4}]
+    assert shown["cache"] == [{"level": "memory", "share": 0.9}, {"level": "redis", "share": None}]
+    assert shown["tracks"]["champion"]["rate"] == [None, None]
+    json.dumps(shown, allow_nan=False)
 
 
 def event(name: str, version: str = "4", **told: Any) -> view.Event:

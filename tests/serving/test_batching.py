@@ -32,6 +32,9 @@ class Watch:
         assert seconds >= 0
         self.waits += 1
 
+    def gathered(self, seconds: float) -> None:
+        assert seconds >= 0
+
     def ran(self, samples: int, seconds: float) -> None:
         self.sizes.append(samples)
 
