@@ -30,7 +30,7 @@ import uvloop
 from pydantic import ValidationError
 
 from slipway.config import ServeParams
-from slipway.errors import ParamsError, SlipwayError, StackError
+from slipway.errors import ParamsError, SlipwayError, StackError, TransientError
 from slipway.serving import logs
 from slipway.serving import model as models
 from slipway.serving.edge import BACKLOG, Edge
@@ -39,6 +39,7 @@ from slipway.serving.metrics import Metrics
 from slipway.serving.model import Model
 from slipway.serving.server import App
 from slipway.serving.traces import Traces, wanted
+from slipway.serving.warmup import warm_up
 
 logger = logging.getLogger("slipway.serving")
 
@@ -133,8 +134,13 @@ async def _serve(port: int, params: ServeParams, label: str, load: Callable[[], 
         if loading.done():
             model = loading.result()
             app.serve(model)
+            await warm_up(HOST, port, model, params.max_batch, params.max_body_bytes)
+            app.welcome()
             logger.info("ready: model=%s version=%s seconds=%.2f", model.name, model.version, time.monotonic() - began)
-            await stop
+            died = asyncio.create_task(app.died())
+            await asyncio.wait({died, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if died.done():
+                raise TransientError("the engine's thread died; the log says of what")
         logger.info("draining: at most %.0f s", params.drain_s)
         app.drain()
         edge.drain()

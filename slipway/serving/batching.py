@@ -129,6 +129,11 @@ class Batcher(Generic[T, R]):
         return len(self._queue)
 
     @property
+    def alive(self) -> bool:
+        """Is there still a thread that runs the batches?"""
+        return self._worker.alive
+
+    @property
     def ails(self) -> str:
         """Say what is wrong with the engine; nothing if it is well."""
         if not self._worker.alive:

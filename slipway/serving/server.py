@@ -14,6 +14,7 @@ Errors are {"error": "..."}; nothing of a request is ever logged.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import os
@@ -81,6 +82,8 @@ NOWHERE: Mapping[str, Route] = {}
 TEXT = "text/plain"
 REQUEST_ID = b"x-request-id"
 """The gateway's name of a request, which its log bears, too."""
+DEAD_S = 0.2
+"""A dead engine is looked for this often."""
 DEADLINE = "Milliseconds that the client waits, if fewer than usual; what cannot be answered in them gets 504 at once."
 POSITIVE = {"type": "number", "exclusiveMinimum": 0}
 
@@ -117,7 +120,7 @@ class App:
         self._headers = ((b"x-slipway-version", version.encode()),)
 
     def serve(self, model: Model) -> None:
-        """Be ready: answer with `model` from now on."""
+        """Answer with `model` from now on; ready for traffic only with `welcome`."""
         self._name_version(model.version)
         self._model = model
         params = self._params
@@ -130,8 +133,18 @@ class App:
         self._routes |= self._routes_of(model)
         page = openapi.document(f"slipway: {model.name}", model.version, self._routes)
         self._document = _encode(page)
+        self._waiting_for = "the model is warming up"
+
+    def welcome(self) -> None:
+        """Be ready for traffic."""
         self._waiting_for = None
         self._metrics.ready.set(1)
+
+    async def died(self) -> None:
+        """Wait until the engine's thread is dead, which nothing brings back."""
+        assert self._batcher is not None  # there is a model
+        while self._batcher.alive:
+            await asyncio.sleep(DEAD_S)
 
     def _routes_of(self, model: Model) -> dict[str, dict[str, Route]]:
         package, endpoint = model.package, model.endpoint

@@ -275,3 +275,21 @@ def test_more_requests_than_may_wait_are_sent_away_and_the_others_served(start: 
             statuses.append(client.recv(65_536).split()[1])
     assert set(statuses) == {b"200", b"429"}
     assert replica.metric('slipway_requests_total{code="429",endpoint="recommend"}') == statuses.count(b"429")
+
+
+def test_a_replica_is_ready_only_after_real_requests_with_batches_of_every_size(start: Start) -> None:
+    replica = start()
+    replica.wait_until_ready()
+    assert replica.metric('slipway_requests_total{code="200",endpoint="infer"}') == 4
+    assert replica.metric("slipway_batch_size_sum") == 1 + 2 + 4 + 8  # of at most 8
+
+
+def test_a_model_that_fails_its_warm_up_is_refused(start: Start, package: Path, tmp_path: Path) -> None:
+    folder = copied(package, tmp_path)
+    opened = packages_.load(package)
+    inputs, outputs = opened.golden()
+    long = {"history": np.repeat(inputs["history"], 5, axis=1)}  # longer than the model's own schema lets pass
+    model = engines.of(opened, 1)
+    golden = dict(zip(outputs, model.run(long, list(outputs)), strict=True))
+    packages_.seal(folder, "ranker", "fp32", opened.inputs, opened.outputs, (long, golden))
+    assert "a batch of 1 got 400 in the warm-up" in refused(start(folder))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
+import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,11 @@ from hypothesis import strategies as st
 
 from slipway.config import ServeParams
 from slipway.serving import model as models
-from slipway.serving.edge import Request
+from slipway.serving.edge import Request, Response
 from slipway.serving.metrics import Metrics
 from slipway.serving.model import Sample
 from slipway.serving.server import App
-from slipway.workloads.base import Query
+from slipway.workloads.base import Array, Query, Tensors
 from tests.serving.conftest import Replica, Reply
 from tests.serving.packages import ITEMS, MAX_LENGTH, key, seal
 
@@ -244,3 +247,41 @@ def test_a_client_says_how_long_it_waits(replica: Replica) -> None:
     assert "time was up" in late.json["error"]
     for wrong in ("soon", "-1", "0", "nan", "inf"):
         assert ask(wrong).status == 400
+
+
+class Faulty:
+    """An engine that stalls until it is let go, then ends its thread."""
+
+    name, inputs, outputs = "faulty", ["history"], ["items"]
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    def run(self, inputs: Tensors, outputs: Sequence[str]) -> list[Array]:
+        self.go.wait(30)
+        raise SystemExit
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_replica_whose_engine_stalls_or_is_dead_is_not_ready(package: Path) -> None:
+    engine = Faulty()
+
+    async def test() -> None:
+        async def ready() -> Response:
+            return await app(Request("GET", "/v2/health/ready", b""))
+
+        app = App("1", ServeParams(), Metrics(), None)
+        app.serve(dataclasses.replace(models.load(package, "1", 1), engine=engine))
+        assert b"warming up" in (await ready()).body
+        app.welcome()
+        assert (await ready()).status == 200
+        asked = asyncio.create_task(app(Request("POST", RECOMMEND, b'{"history": []}')))
+        while (answer := await ready()).status == 200:
+            await asyncio.sleep(0.01)
+        assert b"has not come back for 0." in answer.body
+        engine.go.set()
+        assert (await asked).status == 503
+        assert b"dead" in (await ready()).body
+        await app.died()
+
+    asyncio.run(asyncio.wait_for(test(), 30))

@@ -1,11 +1,11 @@
--- Which replicas can be asked. A failed try puts a replica out for a moment (passive); checks twice a second keep it out
+-- Which replicas can be asked. A failed try puts a replica out for a moment (passive); checks four times a second keep it out
 -- for as long as they fail (active): a stalled process still accepts connections, and only a silent check shows it.
 local dict = ngx.shared.slipway_health
 local M = {}
 
 local OUT_S = 1                 -- after a failed try, until the checks know more
-local EVERY_S = 0.5
-local TIMEOUT_MS = 400          -- under EVERY_S, so that rounds do not overlap
+local EVERY_S = 0.25
+local TIMEOUT_MS = 200          -- under EVERY_S, so that rounds do not overlap; the second silence ends .7 s after a stall
 local FAILURES = 2              -- silent checks in a row: one may be a busy machine
 local REQUEST = "GET /v2/health/ready HTTP/1.1\r\nHost: replica\r\nConnection: close\r\n\r\n"
 
