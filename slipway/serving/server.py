@@ -34,6 +34,7 @@ from slipway.serving.feedback import Memory, Shown
 from slipway.serving.metrics import CONTENT_TYPE, Metrics
 from slipway.serving.model import Model, Sample
 from slipway.serving.openapi import Route
+from slipway.serving.reading import Reader
 from slipway.serving.scores import Watch
 from slipway.serving.traces import Traces
 from slipway.workloads.base import Query, Tensors, parse
@@ -102,6 +103,7 @@ class App:
     ) -> None:
         self._params, self._metrics, self._memory, self._traces = params, metrics, memory, traces
         self._model: Model | None = None
+        self._reader: Reader | None = None
         self._batcher: Batcher[Sample, Tensors] | None = None
         self._waiting_for: str | None = "the model is being loaded and checked"
         self._scores = Watch((), "", ())
@@ -123,6 +125,7 @@ class App:
         """Answer with `model` from now on; ready for traffic only with `welcome`."""
         self._name_version(model.version)
         self._model = model
+        self._reader = Reader(model.endpoint, self._params.max_queue)
         params = self._params
         work = self._traces.work(model.predict) if self._traces else model.predict
         self._batcher = Batcher(work, params.max_batch, params.max_wait_ms / 1000, params.max_queue, self._metrics)
@@ -185,9 +188,11 @@ class App:
         self._metrics.ready.set(0)
 
     def close(self) -> None:
-        """End the engine's thread."""
+        """End the threads of engine and reader."""
         if self._batcher is not None:
             self._batcher.close()
+        if self._reader is not None:
+            self._reader.close()
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request, whatever happens."""
@@ -293,7 +298,8 @@ class App:
     async def _friendly(self, request: Request) -> Response:
         model = self._served()
         endpoint = model.endpoint
-        query = endpoint.decode(request.body)
+        assert self._reader is not None  # routed to only once a model is there
+        query = await self._reader.read(request.body)
         (outputs,) = await self._predict([Sample(query, endpoint.outputs)], request)
         self._scores.see(outputs)
         answer = endpoint.encode(query, outputs)

@@ -154,6 +154,8 @@ class Endpoint(Protocol):
     """Path under the gateway, such as /v1/recommend."""
     outputs: Sequence[str]
     """Names of the engine's outputs that `encode` reads; the last one holds scores, larger for the surer."""
+    slow: bool
+    """Whether a small body can take long to decode, as a picture can: no thread that answers others does it."""
 
     @property
     def request(self) -> type:

@@ -55,6 +55,7 @@ class ClassifierEndpoint:
 
     path = "/v1/classify"
     outputs: Sequence[str] = ("probabilities",)
+    slow = True
     request = Request
     answer = Answer
 

@@ -57,6 +57,7 @@ class LlmEndpoint:
 
     path = "/v1/complete"
     outputs: Sequence[str] = ("next", "log_probs")
+    slow = False
     request = Request
     answer = Answer
 

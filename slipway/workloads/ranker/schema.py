@@ -56,6 +56,7 @@ class RankerEndpoint:
 
     path = "/v1/recommend"
     outputs: Sequence[str] = ("items", "scores")
+    slow = False
     request = Request
     answer = Answer
 
