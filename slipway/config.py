@@ -337,6 +337,8 @@ class ServeParams(Section):
     """Largest request body; a larger one gets 413 (bytes, 1024 or more)."""
     threads: Count = 1
     """Threads of the engine in one replica (1 or more)."""
+    engine: Literal["auto", "onnxruntime", "openvino", "cuda", "tensorrt", "npu"] = "auto"
+    """What runs the model: an engine, or auto: the one that was the fastest for it when it was sealed."""
     drain_s: Positive = 10.0
     """Longest time that a stopping replica finishes its requests (s, over 0)."""
 
@@ -371,6 +373,53 @@ class DeployParams(Section):
     """Replicas of a version (1..64)."""
     ready_timeout_s: Positive = 60.0
     """Longest wait for all replicas to be ready (s, over 0)."""
+
+
+class PoolParams(Section):
+    """Replicas of one kind. What is left empty is as `serve` and `deploy` have it."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+    """What it is called in metrics, such as cpu or gpu."""
+    requests: Literal["realtime", "batch"] = "realtime"
+    """The class of requests that it serves; batch replicas take only processor time that nobody else wants."""
+    replicas: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Replicas of a version in this pool (1..64)."""
+    engine: Literal["auto", "onnxruntime", "openvino", "cuda", "tensorrt", "npu"] | None = None
+    """As serve.engine."""
+    threads: Count | None = None
+    """As serve.threads."""
+    max_batch: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """As serve.max_batch."""
+    devices: str | None = None
+    """NVIDIA devices that its replicas see, as CUDA_VISIBLE_DEVICES has them."""
+    price_per_hour: Annotated[float, Field(ge=0)] = 0.0
+    """Price of a replica for an hour, in any currency (0 or more)."""
+
+
+class PoolsParams(Section):
+    """Where which requests go; without kinds all replicas are one pool, which serves all."""
+
+    kinds: Annotated[tuple[PoolParams, ...], Field(strict=False)] = ()
+    """At most two pools for realtime requests, that of low rates first, and one for batch requests."""
+    low_rps: Positive = 100.0
+    """Rate of realtime requests under which the first pool serves them again (requests/s, under high_rps)."""
+    high_rps: Positive = 500.0
+    """Rate from which on the second pool serves them (requests/s)."""
+    dwell_s: Positive = 60.0
+    """Time that the rate has to be under low_rps before they go back (s, over 0)."""
+    batch_in_flight: Annotated[int, Field(ge=2, le=4096)] = 8
+    """Batch requests at the replicas at once; more wait at the gateway, 10 s at most (2..4096)."""
+
+    @model_validator(mode="after")
+    def _few(self) -> PoolsParams:
+        classes = [kind.requests for kind in self.kinds]
+        if len({kind.name for kind in self.kinds}) < len(classes):
+            raise ValueError("kinds need names of their own")
+        if classes.count("realtime") > 2 or classes.count("batch") > 1 or (classes and "realtime" not in classes):
+            raise ValueError("kinds: one or two for realtime requests, and at most one for batch requests")
+        if self.low_rps >= self.high_rps:
+            raise ValueError("low_rps must be under high_rps")
+        return self
 
 
 class CanaryParams(Section):
@@ -475,6 +524,8 @@ class Params(Section):
     """What the gateway grants a client."""
     deploy: DeployParams = DeployParams()
     """Step `deploy`."""
+    pools: PoolsParams = PoolsParams()
+    """Pools of replicas, and which requests go to which."""
     canary: CanaryParams = CanaryParams()
     """Step `canary`."""
     chaos: ChaosParams = ChaosParams()

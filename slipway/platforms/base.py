@@ -72,7 +72,9 @@ class Platform(Protocol):
         """Base URL of the Prometheus that scrapes gateway and replicas."""
 
     def deploy(self, workload: str, version: str, replicas: int, timeout_s: float) -> None:
-        """Bring up `replicas` of a version and wait until all are ready; on failure none stays behind.
+        """Bring up a version and wait until all replicas are ready; on failure none stays behind.
+
+        `replicas` holds for every pool of params that does not say how many itself.
 
         Raises:
             PlatformError: a replica did not become ready; says why, with the end of its log.

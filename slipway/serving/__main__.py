@@ -57,7 +57,7 @@ def main() -> int:
             raise ParamsError(f"environment: SLIPWAY_LOG_FORMAT: expected {' or '.join(logs.FORMATS)}, got {kind!r}")
         logs.configure(level, kind, {"replica": f"{HOST}:{options.port}"})
         params, (label, load) = _params(), _source(options)
-        uvloop.run(_serve(options.port, params, label, lambda: load(params.threads)))
+        uvloop.run(_serve(options.port, params, label, lambda: load(params)))
     except SlipwayError as error:
         print(f"serving: {error}", file=sys.stderr)
         return error.exit_code
@@ -87,13 +87,13 @@ def _params() -> ServeParams:
         raise ParamsError(f"environment: SLIPWAY_SERVE: {key}: {first['msg']} (got {first['input']!r:.80})") from error
 
 
-def _source(options: argparse.Namespace) -> tuple[str, Callable[[int], Model]]:
-    """Where the model comes from: the version as far as it is known, and what loads it with some threads."""
+def _source(options: argparse.Namespace) -> tuple[str, Callable[[ServeParams], Model]]:
+    """Where the model comes from: the version as far as it is known, and what loads it."""
     if options.package is not None:
         if options.version is None:
             raise ParamsError("--package needs --version: what the version is called")
         _check_version(options.version)
-        return options.version, lambda threads: models.load(options.package, options.version, threads)
+        return options.version, lambda serve: models.load(options.package, options.version, serve.threads, serve.engine)
     if options.version is not None:
         raise ParamsError("--version goes with --package; --model names its version itself")
     workload, slash, reference = options.model.partition("/")
@@ -101,11 +101,11 @@ def _source(options: argparse.Namespace) -> tuple[str, Callable[[int], Model]]:
         raise ParamsError(f"--model: expected WORKLOAD/REFERENCE such as ranker/champion, got {options.model!r}")
     _check_version(reference)
 
-    def load(threads: int) -> Model:
+    def load(serve: ServeParams) -> Model:
         from slipway import tracking
 
         version = tracking.resolve(workload, reference)
-        return models.load(tracking.fetch(workload, version) / "package", version, threads)
+        return models.load(tracking.fetch(workload, version) / "package", version, serve.threads, serve.engine)
 
     return reference, load
 

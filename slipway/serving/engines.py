@@ -171,13 +171,14 @@ def make(name: str, source: Source) -> Engine:
         raise ModelError(f"{source.label}: {TITLES.get(name, name)} cannot load it ({_first_line(error)})") from error
 
 
-def of(package: Package, threads: int) -> Engine:
-    """Load a package into the engine that it was sealed for; into ONNX Runtime where that one is not.
+def of(package: Package, threads: int, wanted: str = "auto") -> Engine:
+    """Load a package into the engine that is wanted, or it was sealed for; into ONNX Runtime where that one is not.
 
     Raises:
         ModelError: the engine cannot load it, or it has not the inputs and outputs that its manifest declares.
     """
-    name, missing = package.engine, absent(package.engine)
+    name = package.engine if wanted == "auto" else wanted
+    missing = absent(name)
     if missing:
         log.warning("%s: %s; ONNX Runtime serves it", package.folder, missing)
         name = packages.ENGINE

@@ -45,7 +45,7 @@ class Model:
         return [dict(zip(names, row, strict=True)) for row in zip(*arrays, strict=True)]
 
 
-def load(folder: Path, version: str, threads: int) -> Model:
+def load(folder: Path, version: str, threads: int, engine: str = "auto") -> Model:
     """Verify a package's files, build its engine, and hold it against the golden outputs.
 
     Raises:
@@ -56,6 +56,6 @@ def load(folder: Path, version: str, threads: int) -> Model:
         endpoint: Endpoint = part(package.workload, "schema").ENDPOINT(folder)
     except ParamsError as error:
         raise ModelError(f"{folder}: workload {package.workload!r} is not one that this slipway serves") from error
-    engine = engines.of(package, threads)
-    engines.verify(engine, package)
-    return Model(version, package, endpoint, engine)
+    made = engines.of(package, threads, engine)
+    engines.verify(made, package)
+    return Model(version, package, endpoint, made)

@@ -88,6 +88,7 @@ def render(layout: Layout, checkout: Path, params: Params) -> str:
         gateway_port=params.stack.gateway_port,
         metrics_port=params.stack.metrics_port,
         max_body_bytes=params.serve.max_body_bytes,
+        batch_in_flight=params.pools.batch_in_flight,
         slo_p99_seconds=params.slo.p99_ms / 1000,
         slo_error_ratio=params.slo.max_error_ratio,
     )

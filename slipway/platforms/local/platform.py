@@ -5,7 +5,8 @@ admin socket:
 
     {"routing": {"champion": "4", "canary": null, "canary_weight": 0.0},
      "deployments": {"4": {"workload": "ranker",
-                           "replicas": [{"name": "ranker-4-1", "port": 18100, "serving": true}, ...]}}}
+                           "replicas": [{"name": "ranker-4-1", "port": 18100, "serving": true, "pool": "cpu"}, ...]}},
+     "pools": {"realtime": ["cpu", "gpu"], "batch": null, "prices": {...}, "low_rps": 100.0, ...}}
 
 A replica is on record before its process starts and until it ended, so nothing that runs is ever forgotten; the gateway
 gives it requests only while it is `serving`. A call that was killed half-way is mended by the next one. The record is
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from slipway import artifacts, config
-from slipway.config import Params
+from slipway.config import Params, PoolParams
 from slipway.errors import PlatformError
 from slipway.platforms.base import Fault, Replica, Routing, Status
 from slipway.platforms.local import gateway, processes, programs
@@ -39,6 +40,9 @@ _LOG_LINES = 15
 _POLL_S = 0.05
 _PROBE_TIMEOUT_S = 1.0
 _NAME = re.compile(r"[A-Za-z0-9_.]+")
+
+_ONLY = "all"  # name of the pool where params give none
+_WHEN_IDLE = ("chrt", "--idle", "0")  # batch replicas run on processor time that nobody else wants
 
 Document = dict[str, Any]
 Record = dict[str, Any]
@@ -51,6 +55,7 @@ class LocalPlatform:
         self._params = params
         self._layout = Layout(config.home())
         self._supervisor = Supervisor(self._layout)
+        self._kinds = {kind.name: kind for kind in params.pools.kinds or (PoolParams(name=_ONLY),)}
 
     @property
     def gateway_url(self) -> str:
@@ -79,8 +84,14 @@ class LocalPlatform:
         with self._changing() as document:
             deployment = document["deployments"].setdefault(version, {"workload": workload, "replicas": []})
             known = sorted(deployment["replicas"], key=lambda replica: not replica["serving"])
-            wanted, surplus = known[:replicas], known[replicas:]
-            wanted += self._allot(document, workload, version, replicas - len(wanted))
+            wanted, missing = [], []
+            for pool in self._kinds.values():
+                count = pool.replicas or replicas
+                members = [replica for replica in known if replica.get("pool", _ONLY) == pool.name][:count]
+                wanted += members
+                missing += [pool.name] * (count - len(members))
+            surplus = [replica for replica in known if replica not in wanted]
+            wanted += self._allot(document, workload, version, missing)
             deployment["replicas"] = wanted + [{**replica, "serving": False} for replica in surplus]
         try:
             self._start(workload, version, wanted)
@@ -177,9 +188,20 @@ class LocalPlatform:
         with (self._layout.run / "platform.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             document = self._load()
+            document["pools"] = self._pools()
             yield document
             gateway.put(self._layout, document)
             self._save(document)
+
+    def _pools(self) -> Mapping[str, Any]:
+        """What the gateway has to know of the pools."""
+        limits, kinds = self._params.pools, self._kinds.values()
+        return {
+            "realtime": [kind.name for kind in kinds if kind.requests == "realtime"],
+            "batch": next((kind.name for kind in kinds if kind.requests == "batch"), None),
+            "prices": {kind.name: kind.price_per_hour for kind in kinds},
+            **limits.model_dump(include={"low_rps", "high_rps", "dwell_s"}),
+        }
 
     def _load(self) -> Document:
         if not self._layout.platform_file.exists():
@@ -199,23 +221,25 @@ class LocalPlatform:
         ]
         artifacts.write_json(self._layout.targets, targets)
 
-    def _allot(self, document: Document, workload: str, version: str, count: int) -> list[Record]:
-        """Name `count` new replicas and give each a port that nobody uses."""
+    def _allot(self, document: Document, workload: str, version: str, pools: list[str]) -> list[Record]:
+        """Name a new replica in each of `pools` and give it a port that nobody uses."""
         known = [replica for deployment in document["deployments"].values() for replica in deployment["replicas"]]
         names, used = {replica["name"] for replica in known}, {replica["port"] for replica in known}
         used |= {port for key, port in self._params.stack.model_dump().items() if key != "replica_port"}
         ports = (p for p in range(self._params.stack.replica_port, 65536) if p not in used and processes.is_free(p))
         fresh = (name for n in itertools.count(1) if (name := f"{workload}-{version}-{n}") not in names)
-        return [{"name": next(fresh), "port": next(ports), "serving": False} for _ in range(count)]
+        return [{"name": next(fresh), "port": next(ports), "serving": False, "pool": pool} for pool in pools]
 
     def _start(self, workload: str, version: str, replicas: list[Record]) -> None:
         stack, model = artifacts.read_json(self._layout.stack_file), ("--model", f"{workload}/{version}")
         for replica in replicas:
+            pool = self._kinds.get(replica.get("pool", _ONLY), PoolParams(name=_ONLY))
+            before = _WHEN_IDLE if pool.requests == "batch" else ()
             program = Program(
                 name=replica["name"],
-                command=[stack["python"], "-m", "slipway.serving", *model, "--port", str(replica["port"])],
+                command=[*before, stack["python"], "-m", "slipway.serving", *model, "--port", str(replica["port"])],
                 folder=Path(stack["checkout"]),
-                environment=self._environment(),
+                environment=self._environment(pool),
                 start_at_once=True,
                 stop_wait_s=self._params.serve.drain_s + 2,
             )
@@ -227,13 +251,16 @@ class LocalPlatform:
         for replica in replicas:
             self._supervisor.start(replica["name"])
 
-    def _environment(self) -> Mapping[str, str]:
+    def _environment(self, pool: PoolParams) -> Mapping[str, str]:
+        own = {key: value for key in ("engine", "threads", "max_batch") if (value := getattr(pool, key)) is not None}
+        serve = self._params.serve.model_copy(update=own)
         return {
             "SLIPWAY_HOME": str(self._layout.home),
             "SLIPWAY_LOG_FORMAT": "json",
-            "SLIPWAY_SERVE": self._params.serve.model_dump_json(),
+            "SLIPWAY_SERVE": serve.model_dump_json(),
             "SLIPWAY_REDIS": str(self._layout.redis_socket),
-            "OMP_NUM_THREADS": str(self._params.serve.threads),
+            "OMP_NUM_THREADS": str(serve.threads),
+            **({} if pool.devices is None else {"CUDA_VISIBLE_DEVICES": pool.devices}),
         }
 
     def _await_ready(self, replicas: list[Record], timeout_s: float) -> None:

@@ -3,6 +3,7 @@ local cjson = require "cjson.safe"
 local clients = require "slipway.clients"
 local health = require "slipway.health"
 local state = require "slipway.state"
+local switch = require "slipway.switch"
 
 local M = {}
 
@@ -58,6 +59,8 @@ function M.state()
         canary = now.canary or cjson.null,
         canary_weight = now.weight,
         replicas = replicas,
+        rate_rps = switch.rate(),
+        pools = setmetatable(switch.figures(now), cjson.array_mt),
     })
 end
 

@@ -164,6 +164,16 @@ local function measure(lists, slo)
     for name, each in pairs(ngx.shared) do
         add(lists, "dict_free_bytes", each:free_space(), "dict", name)
     end
+    local switch = require("slipway.switch")
+    add(lists, "rate_rps", switch.rate())
+    for _, pool in ipairs(switch.figures(state)) do
+        add(lists, "pool_weight", pool.weight, "pool", pool.name)
+        add(lists, "pool_wanted", pool.wanted and 1 or 0, "pool", pool.name)
+        add(lists, "pool_switches_total", pool.switches, "pool", pool.name)
+        add(lists, "pool_replicas", pool.ready, "pool", pool.name, "state", "ready")
+        add(lists, "pool_replicas", pool.out, "pool", pool.name, "state", "out")
+        add(lists, "pool_price_per_hour", pool.price_per_hour, "pool", pool.name)
+    end
     add(lists, "slo_p99_seconds", slo.p99_seconds)
     add(lists, "slo_error_ratio", slo.error_ratio)
 end
@@ -180,6 +190,12 @@ local FAMILIES = {
     { "routed_timestamp_seconds", "gauge", "When the routing last changed, Unix time." },
     { "in_flight", "gauge", "Requests at the replicas of a version." },
     { "replicas", "gauge", "Replicas of a version that can be asked, and those that are out." },
+    { "rate_rps", "gauge", "Realtime requests/s over the last 5 s, which the pools are switched by." },
+    { "pool_weight", "gauge", "Share of the requests of its class that a pool gets (0..1)." },
+    { "pool_wanted", "gauge", "1: the rate asks for this pool." },
+    { "pool_switches_total", "counter", "Times that the rate began to ask for this pool." },
+    { "pool_replicas", "gauge", "Replicas of a pool that can be asked, and those that are out." },
+    { "pool_price_per_hour", "gauge", "Price of a replica of this pool for an hour, from params.yaml." },
     { "connections", "gauge", "Connections of clients, by what they do." },
     { "dict_free_bytes", "gauge", "Whole free pages of a shared dict." },
     { "slo_p99_seconds", "gauge", "Largest P99 that is promised, from params.yaml." },

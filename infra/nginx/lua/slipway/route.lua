@@ -1,8 +1,11 @@
 -- The way of one request: a track by its user, a replica by the load, another one when a try fails, the numbers at last.
 local balancer = require "ngx.balancer"
+local batch = require "slipway.batch"
 local health = require "slipway.health"
 local metrics = require "slipway.metrics"
+local pools = require "slipway.pools"
 local state = require "slipway.state"
+local switch = require "slipway.switch"
 
 local M = {}
 
@@ -50,11 +53,19 @@ local function class_of(uri)
 end
 
 function M.assign()
-    local now, uri = state.get(), ngx.var.uri
+    local uri = ngx.var.uri
     local class, track = class_of(uri), nil
     if not class then
         return refuse(400, "header X-Request-Class: realtime or batch")
+    elseif class == "realtime" then
+        switch.count()
+    elseif class == "batch" then
+        if not batch.enter() then
+            return refuse(429, "too many batch requests at once; try again in a moment")
+        end
+        ngx.var.slipway_place = "taken"
     end
+    local now = state.get() -- after the wait: what held before it may be gone
     local version = uri:match("^/v2/models/[^/]+/versions/([^/]+)")
     if class == "feedback" then
         track = now.champion and "champion" or now.canary and "canary"
@@ -71,7 +82,9 @@ function M.assign()
         return refuse(503, "no version is served yet: release one first")
     end
     ngx.var.slipway_class, ngx.var.slipway_track = class, track
-    ngx.ctx.way = { now = now, version = now[track], class = class, tried = {}, tries = 0, pinned = version ~= nil }
+    local order = pools.order(now.pools, class, switch.weight(), math.random())
+    ngx.ctx.way = { now = now, version = now[track], class = class, order = order, tried = {}, tries = 0,
+        pinned = version ~= nil }
 end
 
 -- The replica among `addresses` with the fewest requests in flight that was not tried yet and is ready (or need not be).
@@ -91,20 +104,33 @@ local function least_loaded(addresses, tried, must_be_ready)
     return best
 end
 
+-- A replica of a version: in the pool that the request belongs to, else in another one.
+local function pick(way, version, must_be_ready)
+    local of_version = way.now.pools_of[version]
+    for _, pool in ipairs(way.order) do
+        local address = least_loaded(of_version[pool] or {}, way.tried, must_be_ready)
+        if address then
+            return address
+        end
+    end
+    return least_loaded(way.now.versions[version], way.tried, must_be_ready)
+end
+
 -- Where the next try goes: address, version and whether it is ready; or nil. The version's own ready replicas first, then the champion's, and
 -- only then those that are out: better a doubtful replica than none.
 local function choose(way)
-    local own = way.now.versions[way.version] or {}
-    local champion = not way.pinned and way.now.versions[way.now.champion] or {}
+    local versions, champion = way.now.versions, not way.pinned and way.now.champion
+    local has_champion = champion and versions[champion] and #versions[champion] > 0
     for _, must_be_ready in ipairs({ true, false }) do
-        local address = (way.tries < TRIES_OF_VERSION or #champion == 0 or way.version == way.now.champion)
-            and least_loaded(own, way.tried, must_be_ready)
+        local address = versions[way.version]
+            and (way.tries < TRIES_OF_VERSION or not has_champion or way.version == champion)
+            and pick(way, way.version, must_be_ready)
         if address then
             return address, way.version, must_be_ready
         end
-        address = least_loaded(champion, way.tried, must_be_ready)
+        address = has_champion and pick(way, champion, must_be_ready)
         if address then
-            return address, way.now.champion, must_be_ready
+            return address, champion, must_be_ready
         end
     end
     return nil
@@ -192,6 +218,9 @@ local function reason_to_log(code, seconds, slow_seconds)
 end
 
 function M.log(slow_seconds)
+    if ngx.var.slipway_place == "taken" then
+        batch.leave()
+    end
     ngx.var.slipway_logged = reason_to_log(ngx.status, tonumber(ngx.var.request_time), slow_seconds)
     local track, address = ngx.var.slipway_track, ngx.var.slipway_address
     if not track or track == "" then

@@ -1,6 +1,8 @@
 -- The document in force: who is served by which version, and where the replicas of each version listen.
 --   {"routing": {"champion": "4", "canary": null, "canary_weight": 0},
---    "deployments": {"4": {"replicas": [{"name": "ranker-4-1", "port": 18100, "serving": true}, ...]}, ...}}
+--    "deployments": {"4": {"replicas": [{"name": "ranker-4-1", "port": 18100, "serving": true, "pool": "cpu"}, ...]}, ...},
+--    "pools": {"realtime": ["cpu", "gpu"], "batch": null, "prices": {"cpu": 0.1, "gpu": 0.9},
+--              "low_rps": 100, "high_rps": 500, "dwell_s": 60}}      without it all replicas are one pool
 -- It lies as text in a shared dict with a generation beside it; a worker decodes it anew when the generation moves.
 local cjson = require "cjson.safe"
 local health = require "slipway.health"
@@ -14,6 +16,15 @@ local function text(value)
     return type(value) == "string" and value or nil
 end
 
+local function pools_in(given)
+    if type(given) ~= "table" then
+        return { realtime = {}, prices = {} }
+    end
+    assert(#given.realtime <= 2, "pools: two for realtime requests at most")
+    return { realtime = given.realtime, batch = text(given.batch), prices = given.prices, low_rps = given.low_rps,
+        high_rps = given.high_rps, dwell_s = given.dwell_s }
+end
+
 -- Turn the document into what a request needs, or say why it is no document.
 local function compile(document)
     if type(document) ~= "table" or type(document.routing) ~= "table" or type(document.deployments) ~= "table" then
@@ -23,21 +34,26 @@ local function compile(document)
     if type(weight) ~= "number" or weight < 0 or weight > 1 then
         return nil, "routing.canary_weight must lie in 0..1"
     end
-    local versions = {}
+    local versions, pools_of = {}, {}
     for version, deployment in pairs(document.deployments) do
-        local addresses = {}
+        local addresses, by_pool = {}, {}
         for _, replica in ipairs(deployment.replicas) do
             if replica.serving then
-                addresses[#addresses + 1] = "127.0.0.1:" .. replica.port
+                local address, pool = "127.0.0.1:" .. replica.port, replica.pool or ""
+                addresses[#addresses + 1] = address
+                by_pool[pool] = by_pool[pool] or {}
+                table.insert(by_pool[pool], address)
             end
         end
-        versions[version] = addresses
+        versions[version], pools_of[version] = addresses, by_pool
     end
     return {
         champion = text(document.routing.champion),
         canary = text(document.routing.canary),
         weight = weight,
         versions = versions,
+        pools = pools_in(document.pools),
+        pools_of = pools_of,
         routed = dict:get("routed") or ngx.now(),
     }
 end
