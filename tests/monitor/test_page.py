@@ -17,7 +17,7 @@ from slipway.monitor import view
 from slipway.monitor.prometheus import Sample
 from slipway.platforms.base import Routing
 from slipway.platforms.local import stack
-from slipway.release import history
+from slipway.release import history, state
 from slipway.release.replay import Replay
 from tests.conftest import needs, until
 from tests.monitor import browser
@@ -121,6 +121,14 @@ def test_pools_and_levels_of_the_cache_are_shown_where_there_are_any() -> None:
     assert shown["cache"] == [{"level": "memory", "share": 0.9}, {"level": "redis", "share": None}]
     assert shown["tracks"]["champion"]["rate"] == [None, None]
     json.dumps(shown, allow_nan=False)
+
+
+def test_who_is_at_work_is_told_as_long_as_he_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIPWAY_HOME", str(tmp_path))
+    assert state.at_work() == ""
+    with state.alone("canary of version 4"):
+        assert state.at_work() == "canary of version 4"
+    assert state.at_work() == ""
 
 
 def event(name: str, version: str = "4", **told: Any) -> view.Event:
