@@ -242,19 +242,19 @@ class Sparse:
         """Prepare for a step (counted from 0): leave the warm-up, select anew, freeze other blocks, if it is time.
 
         Returns:
-            Whether the trained parameters stand for other rows than before.
+            Whether what is trained has changed: rows, or frozen blocks, whose gradients come and go.
         """
         done = step - self.params.warmup_steps
         if done < 0 or (self.params.share == 1 and self.params.freeze == 0):
             return False
-        period, within = divmod(done, self.params.reselect_every)
+        before, (period, within) = self.depth, divmod(done, self.params.reselect_every)
         if done == 0:
             self._switch()
         elif within == 0:
             self._reselect()
         if period != self.period:
             self._freeze(period)
-        return within == 0 and self.params.share < 1
+        return within == 0 and (self.params.share < 1 or self.depth != before)
 
     def restore(self, steps: int) -> None:
         """Take the form of a run that has done `steps` steps, so that its checkpoint can be loaded into it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -240,6 +241,18 @@ def test_blocks_are_frozen_in_turn_and_frozen_ones_do_not_move() -> None:
         moved.append([any(name.startswith(f"blocks.{nth}.") for name in changed) for nth in range(3)])
         assert "table.weight" in changed, "the output layer is trained in every period"
     assert moved == 4 * [[False, True, True]] + 4 * [[False, False, True]] + 4 * [[True, True, True]]
+
+
+def test_compression_starts_anew_when_other_blocks_are_frozen(tmp_path: Path) -> None:
+    net, _, technique = trained(2, share=1.0, freeze=0.7)
+    assert [technique.begin(step) for step in range(2, 15)] == [step in (6, 10, 14) for step in range(2, 15)]
+    assert all(each.requires_grad for each in net.parameters())
+    told = {"method": "powersgd", "warmup_steps": 5}
+    freezing = {"freeze": 0.5, "warmup_steps": 0, "reselect_every": 3}  # other blocks while rows are still counted
+    run = job(tmp_path, world_size=1, epochs=1, zero=0, sparse=freezing, communication=told)
+    state = loop.train(replace(run, model=run.model.model_copy(update={"blocks": 2})))
+    assert state.step > 9
+    assert math.isfinite(state.curve[-1].loss)
 
 
 def test_it_learns() -> None:
