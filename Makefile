@@ -1,6 +1,6 @@
 # The front door. `make` lists what there is.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down status test lint format bench bench-training bench-compression clean
+.PHONY: help setup demo up down status test lint format bench bench-training bench-compression bench-serving clean
 PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)
@@ -44,6 +44,9 @@ bench-training: setup  ## Training at depth, about an hour; VIDEO_GAMES=, IMAGES
 bench-compression: setup  ## Recipes against FP32 in one engine; CLASSIFIER= and RANKER= are workspaces behind compress
 	@$(PY) -m benchmarks.compression $(if $(CLASSIFIER),--classifier $(CLASSIFIER)) $(if $(RANKER),--ranker $(RANKER)) \
 		--json benchmarks/results/compression.json
+
+bench-serving: setup  ## The model server beside mosec, LitServe and BentoML, which come from PyPI, and under load
+	@$(PY) -m benchmarks.serving --install --json benchmarks/results/serving.json
 
 clean: down  ## Remove all state of this checkout: data, models, runs, the stack's databases
 	@rm -rf .slipway data models reports .mypy_cache .ruff_cache .hypothesis .import_linter_cache

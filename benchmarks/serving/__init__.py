@@ -1,0 +1,1 @@
+"""The model server beside others and under load: `make bench-serving`."""
