@@ -160,7 +160,7 @@ class Batcher(Generic[T, R]):
         now = self._clock()
         if self._max_wait_s:
             self._pace.arrived(now, len(samples))
-        self._admit(now, len(samples), deadline)
+        self.admit(len(samples), deadline)
         job: _Job[T, R] = _Job(samples, self._loop.create_future(), now, deadline)
         self._queue[job] = None
         self._samples += len(samples)
@@ -176,8 +176,15 @@ class Batcher(Generic[T, R]):
         """End the worker after its present batch."""
         self._worker.close()
 
-    def _admit(self, now: float, samples: int, deadline: float) -> None:
-        """Refuse what need not be tried. An idle engine tries all: only runs can show that it is fast again."""
+    def admit(self, samples: int, deadline: float) -> None:
+        """Refuse what need not be tried; worth asking before a request is decoded, for that costs more than this.
+
+        An idle engine tries all: only runs can show that it is fast again.
+
+        Raises:
+            OverloadError, DeadlineError, TransientError: as `submit`.
+        """
+        now = self._clock()
         if not self._worker.alive:
             raise TransientError(DEAD)
         if len(self._queue) >= self._max_queue:

@@ -20,7 +20,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypedDict, cast, get_type_hints
 
 import msgspec
@@ -279,6 +279,7 @@ class App:
     async def _infer(self, request: Request) -> Response:
         model = self._served()
         package, endpoint = model.package, model.endpoint
+        deadline = self._admitted(request)
         message = protocol.parted(request.body, request.header(protocol.JSON_LENGTH))
         inference = protocol.read_infer(
             message, package.inputs, package.outputs, endpoint.outputs, self._params.max_batch
@@ -286,7 +287,7 @@ class App:
         for inputs in inference.samples:
             endpoint.check(inputs)
         samples = [Sample(Query(inputs, {}), inference.outputs) for inputs in inference.samples]
-        results = await self._predict(samples, request)
+        results = await self._predict(samples, deadline)
         answer, raw = protocol.write_infer(model.name, model.version, inference, results, package.outputs)
         if not inference.binary:
             return self._json(answer)
@@ -299,11 +300,12 @@ class App:
         model = self._served()
         endpoint = model.endpoint
         assert self._reader is not None  # routed to only once a model is there
+        deadline = self._admitted(request)
         query = await self._reader.read(request.body)
-        (outputs,) = await self._predict([Sample(query, endpoint.outputs)], request)
+        (outputs,) = await self._predict([Sample(query, endpoint.outputs)], deadline)
         self._scores.see(outputs)
         answer = endpoint.encode(query, outputs)
-        request_id = os.urandom(12).hex()
+        request_id = next(_NAMES)
         if self._memory is not None:
             self._memory.keep(request_id, Shown(model.version, endpoint.shown(answer)))
         return self._json({"request_id": request_id, "model": model.name, "version": model.version, **answer})
@@ -320,8 +322,15 @@ class App:
             self._metrics.feedback.labels(shown.version, outcome).inc()
         return self._json(Accepted(True), 202)
 
-    async def _predict(self, samples: list[Sample], request: Request) -> list[Tensors]:
-        return await self._submit(samples, time.monotonic() + self._patience_s(request))
+    async def _predict(self, samples: list[Sample], deadline: float) -> list[Tensors]:
+        return await self._submit(samples, deadline)
+
+    def _admitted(self, request: Request) -> float:
+        """Refuse a request before it is decoded, or give the moment by which it wants its answer."""
+        assert self._batcher is not None  # routed to only once a model is there
+        deadline = time.monotonic() + self._patience_s(request)
+        self._batcher.admit(1, deadline)
+        return deadline
 
     def _patience_s(self, request: Request) -> float:
         """How long the client waits: as params say for a realtime request, or as it says itself, if that is less."""
@@ -347,6 +356,16 @@ class App:
 def _text(header: bytes | None) -> str:
     """Give an id that came from outside: letters, digits and dashes, so that it cannot forge a line of the log."""
     return "".join(c for c in (header or b"")[:64].decode("ascii", "replace") if c.isalnum() or c == "-")
+
+
+def _names() -> Iterator[str]:
+    """Names that nobody guesses; the kernel is asked for many at once, for each time it costs a switch of threads."""
+    while True:
+        text = os.urandom(12 * 256).hex()
+        yield from (text[at : at + 24] for at in range(0, len(text), 24))
+
+
+_NAMES = _names()
 
 
 def _with(response: Response, name: bytes, value: bytes) -> Response:
