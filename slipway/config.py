@@ -341,6 +341,10 @@ class ServeParams(Section):
     """What runs the model: an engine, or auto: the one that was the fastest for it when it was sealed."""
     drain_s: Positive = 10.0
     """Longest time that a stopping replica finishes its requests (s, over 0)."""
+    history_events: Annotated[int, Field(ge=1, le=10_000)] = 500
+    """Newest events that are kept of a user; older ones may be recommended again (1..10000)."""
+    rotate_s: Annotated[float, Field(ge=1, le=86_400)] = 300.0
+    """Age at which a journal of events becomes a Parquet file (s, 1..86400)."""
 
 
 class GatewayParams(Section):

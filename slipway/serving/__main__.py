@@ -6,6 +6,8 @@ exit code 2. SIGTERM: not ready, what was begun is finished, exit code 0.
 environment:
   SLIPWAY_SERVE   JSON of the section `serve` of params.yaml (absent: its defaults)
   SLIPWAY_REDIS   path of Redis' unix socket, which keeps what was shown (absent: no feedback)
+  SLIPWAY_STATE   path of another one's, which keeps users' histories (absent: every user is a newcomer)
+  SLIPWAY_EVENTS  folder of the log of users' events (absent: none are taken)
   SLIPWAY_HOME    the state folder, where fetched models are kept
   OTEL_EXPORTER_OTLP_ENDPOINT   URL of a collector that gets traces (absent: none are made)
   SLIPWAY_LOG     level of the log (INFO); SLIPWAY_LOG_FORMAT: text or json
@@ -38,6 +40,7 @@ from slipway.serving.feedback import Memory
 from slipway.serving.metrics import Metrics
 from slipway.serving.model import Model
 from slipway.serving.server import App
+from slipway.serving.state.personal import state_of
 from slipway.serving.traces import Traces, wanted
 from slipway.serving.warmup import warm_up
 
@@ -121,7 +124,8 @@ async def _serve(port: int, params: ServeParams, label: str, load: Callable[[], 
     socket_of_redis = os.environ.get("SLIPWAY_REDIS")
     memory = Memory(socket_of_redis, metrics.forgotten.inc) if socket_of_redis else None
     traces = Traces() if wanted() else None
-    app = App(label, params, metrics, memory, traces)
+    state = state_of(os.environ, params, metrics)
+    app = App(label, params, metrics, memory, traces, state)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
@@ -148,8 +152,9 @@ async def _serve(port: int, params: ServeParams, label: str, load: Callable[[], 
     finally:
         await edge.close(params.drain_s)
         app.close()
-        if memory is not None:
-            await memory.close()
+        for part in (memory, state):
+            if part is not None:
+                await part.close()
         if traces is not None:
             traces.close()
     if not loading.done():

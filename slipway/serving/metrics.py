@@ -79,6 +79,17 @@ class Metrics:
             registry=self._registry,
         )
         self._model_bytes = Gauge("slipway_model_bytes", "Size of the model's file.", registry=self._registry)
+        self.events = Counter(
+            "slipway_events_total", "Users' events accepted: they are in the log.", registry=self._registry
+        )
+        self._events_waiting = Gauge(
+            "slipway_events_waiting", "Accepted events that wait for Redis.", registry=self._registry
+        )
+        self.events_lost = Counter(
+            "slipway_events_without_history_total",
+            "Accepted events that no history will have: Redis was away for too long.",
+            registry=self._registry,
+        )
         self.forgotten = Counter(
             "slipway_shown_forgotten_total", "Answers not kept for feedback: Redis was away.", registry=self._registry
         )
@@ -105,6 +116,10 @@ class Metrics:
         """Tell which model is served."""
         self._model.labels(package.recipe, package.precision, package.engine).set(1)
         self._model_bytes.set((package.folder / MODEL).stat().st_size)
+
+    def watch_histories(self, length: Callable[[], float]) -> None:
+        """Read the number of events that wait for Redis when scraped."""
+        self._events_waiting.set_function(length)
 
     def watch_queue(self, length: Callable[[], float]) -> None:
         """Read the queue's length when scraped."""

@@ -6,6 +6,7 @@
     POST /v2/models/NAME[/versions/V]/infer     raw tensors
     POST /v1/...                                the workload's own endpoint
     POST /v1/feedback                           what became of an answer
+    POST /v1/events, DELETE /v1/users/...       users' events, and the endpoint's GET from them: see state/personal.py
     GET  /metrics
     GET  /openapi.json, /docs                   all of this, for programs and for people
 
@@ -36,8 +37,10 @@ from slipway.serving.model import Model, Sample
 from slipway.serving.openapi import Route
 from slipway.serving.reading import Reader
 from slipway.serving.scores import Watch
+from slipway.serving.state import personal
+from slipway.serving.state.personal import State
 from slipway.serving.traces import Traces
-from slipway.workloads.base import Query, Tensors, parse
+from slipway.workloads.base import Personal, Query, Tensors, parse
 
 logger = logging.getLogger(__name__)
 
@@ -89,19 +92,26 @@ DEADLINE = "Milliseconds that the client waits, if fewer than usual; what cannot
 POSITIVE = {"type": "number", "exclusiveMinimum": 0}
 
 
-def answered(answer: type) -> type:
+def answered(answer: type, name: str = "Answer", **more: Any) -> type:
     """Give the type of a whole answer of the workload's endpoint: who answered what, and the workload's own part."""
-    about: dict[str, Any] = {"request_id": str, "model": str, "version": str}
-    return cast("type", TypedDict("Answer", {**about, **get_type_hints(answer, include_extras=True)}))  # type: ignore[operator]
+    about: dict[str, Any] = {"request_id": str, "model": str, "version": str, **more}
+    return cast("type", TypedDict(name, {**about, **get_type_hints(answer, include_extras=True)}))  # type: ignore[operator]
 
 
 class App:
     """Routes requests to handlers; without a model, which `serve` brings, it is live and not ready."""
 
     def __init__(
-        self, version: str, params: ServeParams, metrics: Metrics, memory: Memory | None, traces: Traces | None = None
+        self,
+        version: str,
+        params: ServeParams,
+        metrics: Metrics,
+        memory: Memory | None,
+        traces: Traces | None = None,
+        state: State | None = None,
     ) -> None:
         self._params, self._metrics, self._memory, self._traces = params, metrics, memory, traces
+        self._state = state
         self._model: Model | None = None
         self._reader: Reader | None = None
         self._batcher: Batcher[Sample, Tensors] | None = None
@@ -180,6 +190,12 @@ class App:
             routes[path] = {"GET": Route("model", self._model_metadata, told, protocol.Metadata)}
             routes[f"{path}/ready"] = {"GET": Route("health", self._ready, "Are requests welcome?", Ready)}
             routes[f"{path}/infer"] = {"POST": Route("infer", self._infer, asked, inferred, infer, parameters=deadline)}
+        if self._state is not None and isinstance(endpoint, Personal):
+            answer = answered(endpoint.answer, "PersonalAnswer", events=int | None)
+            more = personal.routes(self._state, endpoint, answer, self._personal, self._json)
+            for name in personal.LABELS:
+                self._metrics.name(name)
+            routes |= {path: {**routes.get(path, {}), **methods} for path, methods in more.items()}
         return routes
 
     def drain(self) -> None:
@@ -197,7 +213,8 @@ class App:
     async def __call__(self, request: Request) -> Response:
         """Answer one request, whatever happens."""
         began = time.monotonic()
-        methods = self._routes.get(request.path, NOWHERE)
+        path = request.path if request.path in self._routes else personal.template(request.path)
+        methods = self._routes.get(path, NOWHERE)
         route = methods.get("GET" if request.method == "HEAD" else request.method)
         label = "other" if route is None else route.label
         try:
@@ -297,18 +314,25 @@ class App:
         return Response(200, b"".join([head, *raw]), headers)
 
     async def _friendly(self, request: Request) -> Response:
-        model = self._served()
-        endpoint = model.endpoint
         assert self._reader is not None  # routed to only once a model is there
         deadline = self._admitted(request)
-        query = await self._reader.read(request.body)
+        return await self._answer(deadline, await self._reader.read(request.body), {})
+
+    async def _personal(self, request: Request, query: Query, about: Mapping[str, Any]) -> Response:
+        return await self._answer(self._admitted(request), query, about)
+
+    async def _answer(self, deadline: float | None, query: Query, about: Mapping[str, Any]) -> Response:
+        """Answer one request of the workload's endpoint; `about` is told beside the answer."""
+        model = self._served()
+        endpoint = model.endpoint
         (outputs,) = await self._predict([Sample(query, endpoint.outputs)], deadline)
         self._scores.see(outputs)
         answer = endpoint.encode(query, outputs)
         request_id = next(_NAMES)
         if self._memory is not None:
             self._memory.keep(request_id, Shown(model.version, endpoint.shown(answer)))
-        return self._json({"request_id": request_id, "model": model.name, "version": model.version, **answer})
+        told = {"request_id": request_id, "model": model.name, "version": model.version, **about, **answer}
+        return self._json(told)
 
     async def _feedback(self, request: Request) -> Response:
         feedback = parse(_FEEDBACK, request.body)

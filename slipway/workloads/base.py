@@ -23,7 +23,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -187,6 +187,20 @@ class Endpoint(Protocol):
 
     def shown(self, answer: Mapping[str, Any]) -> Sequence[str]:
         """What the answer showed to the user, best first: feedback is matched against it."""
+
+
+@runtime_checkable
+class Personal(Endpoint, Protocol):
+    """An endpoint that can also be asked from what a user did: the server then keeps users' histories for it."""
+
+    max_k: int
+    """Most that one answer may hold."""
+
+    def personal(self, seen: Sequence[str], k: int) -> Query:
+        """Make the query of a user who took the items `seen`, oldest first; none of them is in the answer.
+
+        It holds `k` where the catalogue has as many: what the model does not give, as to a newcomer, is popular.
+        """
 
 
 def parse(decoder: msgspec.json.Decoder[T], body: bytes) -> T:

@@ -3,10 +3,11 @@
 stack.json           the checkout, interpreter and supervisord that `up` started; proves that the stack was begun
 platform.json        routing and deployments: what the gateway serves, kept across power cuts
 tokens.json          hashes of the clients' bearer tokens, if any are needed
+events/              the log of users' events: Parquet files, which `ingest.source` may name, and journals
 run/                 unix sockets and the lock of `up` and `down`
 logs/PROGRAM.log     what each program says, bounded
 supervisor/          supervisord's configuration; replicas/ holds one file a replica
-gateway/ redis/ prometheus/ alertmanager/ mlflow/ airflow/     each program's configuration and data
+gateway/ redis/ state/ prometheus/ alertmanager/ mlflow/ airflow/     each program's configuration and data
 """
 
 from __future__ import annotations
@@ -71,6 +72,16 @@ class Layout:
     def redis_socket(self) -> Path:
         """Redis."""
         return self.run / "redis.sock"
+
+    @property
+    def state_socket(self) -> Path:
+        """The Redis of users' histories."""
+        return self.run / "state.sock"
+
+    @property
+    def events(self) -> Path:
+        """The log of users' events."""
+        return self.home / "events"
 
     @property
     def replicas(self) -> Path:

@@ -55,6 +55,7 @@ def all_of(layout: Layout, checkout: Path, python: str, params: Params) -> dict[
     """Describe every program of the stack, by name, in the order of their start."""
     services = [
         _redis(layout),
+        _state(layout),
         _gateway(layout, checkout, params),
         _prometheus(layout, checkout, params),
         _alertmanager(layout, checkout, params),
@@ -72,6 +73,15 @@ def _redis(layout: Layout) -> Service:
     command += ["--maxmemory", "256mb", "--maxmemory-policy", "allkeys-lru"]
     program = Program("redis", command, layout.folder("redis"))
     return Service(program, str(layout.redis_socket), lambda: _redis_answers(layout.redis_socket), {})
+
+
+def _state(layout: Layout) -> Service:
+    """Redis again, for what must not be lost: users' histories. It refuses before it forgets."""
+    command = [find("redis-server") or "redis-server", "--port", "0", "--unixsocket", str(layout.state_socket)]
+    command += ["--unixsocketperm", "600", "--save", "", "--appendonly", "yes", "--appendfsync", "everysec"]
+    command += ["--daemonize", "no", "--maxmemory", "512mb", "--maxmemory-policy", "noeviction"]
+    program = Program("state", command, layout.folder("state"))
+    return Service(program, str(layout.state_socket), lambda: _redis_answers(layout.state_socket), {}, start_s=60)
 
 
 def _redis_answers(path: Path) -> bool:

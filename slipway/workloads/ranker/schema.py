@@ -3,6 +3,8 @@
     POST /v1/recommend {"user": "u", "history": ["numpy", "pandas"], "k": 10}
     {"items": [{"item": "scipy", "score": 7.1}, ...], "ignored": []}
 
+    GET /v1/recommend?user=u&k=10     the same from the user's own history, without what it holds
+
 Items that the model does not know are ignored and named in the answer. Without any known item the answer is the most
 popular items, all with score 0. It reads items.json of the package: max_length, and the keys in the order of their ids,
 which is the order of popularity.
@@ -12,6 +14,7 @@ which is the order of popularity.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -59,6 +62,7 @@ class RankerEndpoint:
     slow = False
     request = Request
     answer = Answer
+    max_k = MAX_K
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -73,16 +77,27 @@ class RankerEndpoint:
     def decode(self, body: bytes) -> Query:
         """Look up the ids of the last `max_length` known items."""
         request = parse(self._decoder, body)
+        ids, ignored = self._look_up(request.history)
+        return self._query(ids, {"k": request.k, "ignored": ignored})
+
+    def personal(self, seen: Sequence[str], k: int) -> Query:
+        """Ask with the last `max_length` items; the model masks those, `encode` what is older."""
+        ids, ignored = self._look_up(seen)
+        return self._query(ids, {"k": k, "ignored": ignored, "seen": sorted(set(ids))})
+
+    def _look_up(self, keys: Sequence[str | int]) -> tuple[list[int], list[str | int]]:
         ids: list[int] = []
         ignored: dict[str | int, None] = {}
-        for key in request.history:
+        for key in keys:
             number = self._ids.get(key if isinstance(key, str) else str(key))
             if number is not None:
                 ids.append(number)
             elif len(ignored) < MAX_IGNORED:
                 ignored[key] = None
-        history = np.array(ids[-self._max_length :], dtype=np.int64)
-        return Query({"history": history}, {"k": request.k, "ignored": list(ignored)})
+        return ids, list(ignored)
+
+    def _query(self, ids: Sequence[int], asked: Mapping[str, Any]) -> Query:
+        return Query({"history": np.array(ids[-self._max_length :], dtype=np.int64)}, asked)
 
     def check(self, inputs: Tensors) -> None:
         """Hold a raw history against the model's length and the ids it knows."""
@@ -100,7 +115,12 @@ class RankerEndpoint:
         return {"history": stack(rows, max(1, max(len(row) for row in rows)))}
 
     def encode(self, query: Query, outputs: Tensors) -> Mapping[str, Any]:
-        """Name the first k of items [K] and scores [K]; popular items where the history is empty."""
+        """Name the first k of items [K] and scores [K]; popular items where the history is empty.
+
+        Nothing that was `seen`: of the model's items the others, then popular ones, with score 0.
+        """
+        if "seen" in query.asked:
+            return self._unseen(query, outputs)
         k, ignored = query.asked["k"], query.asked["ignored"]
         if not len(query.inputs["history"]):
             return {"items": [{"item": key, "score": 0.0} for key in self._keys[:k]], "ignored": ignored}
@@ -112,6 +132,18 @@ class RankerEndpoint:
             if number > 0 and score > -1e6
         ]
         return {"items": items, "ignored": ignored}
+
+    def _unseen(self, query: Query, outputs: Tensors) -> Mapping[str, Any]:
+        k, left_out = query.asked["k"], set(query.asked["seen"])
+        best: list[Scored] = []
+        if len(query.inputs["history"]):
+            for number, score in zip(outputs["items"].tolist(), outputs["scores"].tolist(), strict=True):
+                if len(best) < k and number > 0 and score > -1e6 and number not in left_out:
+                    best.append({"item": self._keys[number - 1], "score": score})
+                    left_out.add(number)
+        popular = (number for number in range(1, len(self._keys) + 1) if number not in left_out)
+        best += [{"item": self._keys[number - 1], "score": 0.0} for number in islice(popular, k - len(best))]
+        return {"items": best, "ignored": query.asked["ignored"]}
 
     def shown(self, answer: Mapping[str, Any]) -> Sequence[str]:
         """Keys of the answer's items."""

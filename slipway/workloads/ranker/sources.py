@@ -1,5 +1,8 @@
 """Where events come from: a CSV, TSV, Parquet or text table, here or behind a URL, as one SQL query over its rows.
 
+A folder is one table of all the Parquet files under it, in the order of their names. The log of users' events is such a
+folder; what its journals hold is turned to Parquet before it is read, so that every event that was accepted is there.
+
 What cannot be a table is refused before it is read at length: a missing, empty, truncated or binary file, a wrong
 delimiter, a missing column. A remote source is first copied beside the output, because it is read more than once, and
 a broken connection is better met at the start.
@@ -12,6 +15,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from slipway import eventlog
 from slipway.config import Columns, IngestParams
 from slipway.errors import DataError, SlipwayError
 from slipway.workloads import remote
@@ -32,6 +36,10 @@ HEAD = 1 << 16
 """Bytes of a file that are looked at before it is read."""
 
 
+def _literal(path: Path) -> str:
+    return "'" + str(path).replace("'", "''") + "'"
+
+
 @dataclass(frozen=True)
 class Table:
     """A source that looks like a table, with the columns that were asked for."""
@@ -39,6 +47,7 @@ class Table:
     name: str
     """The source as the user wrote it."""
     path: Path
+    """The file, or the folder of Parquet files."""
     format: str
     header: bool
     width: int
@@ -49,10 +58,11 @@ class Table:
 
     def scan(self) -> str:
         """Give a query for `row` (from 1; a header counts), and `user`, `item` and `time` as text."""
-        path = "'" + str(self.path).replace("'", "''") + "'"
+        path = _literal(self.path)
         row = f"row_number() OVER () + {int(self.header)}"
         if self.format == "parquet":
-            field, source = "CAST(#{} AS VARCHAR)", f"read_parquet({path})"
+            files = ", ".join(_literal(file) for file in (_parquets(self.path) if self.path.is_dir() else [self.path]))
+            field, source = "CAST(#{} AS VARCHAR)", f"read_parquet([{files}])"
         elif self.format == "text":
             field, source = "parts[{}]", self._lines(path, row)
             row = "row"
@@ -86,6 +96,8 @@ def open_table(ingest: IngestParams, work: Path) -> Table:
         TransientError: its server did not answer.
     """
     name, form = ingest.source, ingest.format
+    if "://" not in name and Path(name).is_dir():
+        return _look_folder(name, Path(name), ingest.columns)
     if form == "auto":
         plain = name.removesuffix(".gz").removesuffix(".zst")
         form = ENDINGS.get(Path(plain).suffix.lower(), "")  # type: ignore[assignment]  # checked in the next line
@@ -98,11 +110,45 @@ def open_table(ingest: IngestParams, work: Path) -> Table:
         path = remote.copy(name, work / ("source" + "".join(Path(name.split("?")[0]).suffixes[-2:])))
     if not path.exists():
         raise DataError(f"{name}: no such file; set ingest.source")
-    if path.is_dir():
-        raise DataError(f"{name}: is a folder; set ingest.source to one file")
     if path.stat().st_size == 0:
         raise DataError(f"{name}: the file is empty")
     return _look_parquet(name, path, ingest.columns) if form == "parquet" else _look(name, path, form, ingest.columns)
+
+
+def _look_folder(name: str, folder: Path, columns: Columns) -> Table:
+    """Look at every file of a folder: nothing in it is passed over."""
+    if eventlog.is_log(folder):
+        eventlog.sweep(folder)
+    tables = [_look_parquet(str(path), path, columns) for path in _parquets(folder)]
+    if not tables:
+        raise DataError(f"{name}: a folder without Parquet files; set ingest.source")
+    first = tables[0]
+    for table in tables:
+        if (table.user, table.item, table.time, table.width) != (first.user, first.item, first.time, first.width):
+            raise DataError(f"{table.name}: has other columns than {first.name}; the files of a folder must be alike")
+    return Table(name, folder, "parquet", False, first.width, first.user, first.item, first.time)
+
+
+def _parquets(folder: Path) -> list[Path]:
+    """Files under a folder, but for hidden ones and a log's own.
+
+    Raises:
+        DataError: one is no Parquet file.
+    """
+    own = {eventlog.journals(folder), eventlog.forgotten(folder)} if eventlog.is_log(folder) else set()
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and path.parent not in own
+        and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    ]
+    for path in files:
+        if ENDINGS.get(path.suffix.lower()) != "parquet":
+            raise DataError(
+                f"{path}: no Parquet file; a folder must hold nothing else; or set ingest.source to one file"
+            )
+    return files
 
 
 def _look_parquet(name: str, path: Path, columns: Columns) -> Table:

@@ -44,9 +44,21 @@ local function track_of_version(now, version)
     return nil
 end
 
+-- Who asks: a header, or the query of a request that is answered from the user's own history.
+local function user_of()
+    local user = ngx.var.http_x_user
+    if not user and ngx.req.get_method() == "GET" and ngx.var.arg_user then
+        user = ngx.unescape_uri(ngx.var.arg_user)
+    end
+    return user ~= "" and user or nil
+end
+
 local function class_of(uri)
-    if uri == "/v1/feedback" then
-        return "feedback"
+    if uri == "/v1/feedback" or uri == "/v1/events" then
+        return "feedback" -- any replica will do
+    end
+    if uri:find("^/v1/users/") then
+        return "batch" -- every file of the log is read
     end
     local class = ngx.var.http_x_request_class or "realtime"
     return (class == "realtime" or class == "batch") and class
@@ -75,8 +87,7 @@ function M.assign()
             return refuse(404, "this version is neither the champion nor the canary")
         end
     else
-        local user = ngx.var.http_x_user
-        track = track_of(now, user and user ~= "" and user or ngx.var.request_id)
+        track = track_of(now, user_of() or ngx.var.request_id)
     end
     if not track then
         return refuse(503, "no version is served yet: release one first")

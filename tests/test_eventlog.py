@@ -1,0 +1,156 @@
+"""The log of events: killed at any step it loses nothing, doubles nothing, and never brings a removed user back."""
+
+from __future__ import annotations
+
+import fcntl
+import resource
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slipway import eventlog
+from slipway.eventlog import Event, Journal
+
+USERS = ("ann", "bob", "c/é")
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL: nothing but `finally` runs, and that only lets go of locks, as the kernel would."""
+
+
+def event(user: str, number: int) -> Event:
+    return Event(user, f"item{number}", 1_700_000_000_000_000 + number, f"id{number}", time.time_ns() // 1000)
+
+
+def logged(folder: Path) -> list[tuple[str, str]]:
+    rows = [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    return [(row["user"], row["id"]) for row in rows]
+
+
+def swept(folder: Path) -> list[tuple[str, str]]:
+    eventlog.sweep(folder)
+    return logged(folder)
+
+
+class Killer:
+    """Raises at one step."""
+
+    def __init__(self, at: int | None) -> None:
+        self.left = at
+
+    def __call__(self, _: str) -> None:
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise KilledError
+
+
+WRITE = st.tuples(st.just("write"), st.integers(0, 1), st.lists(st.tuples(st.sampled_from(USERS), st.integers(0, 9))))
+SWEEP = st.tuples(st.just("sweep"), st.none() | st.integers(0, 8))
+FORGET = st.tuples(st.just("forget"), st.sampled_from(USERS), st.none() | st.integers(0, 8))
+
+
+@settings(max_examples=60)
+@given(steps=st.lists(WRITE | SWEEP | FORGET, max_size=12))
+def test_every_event_is_there_once_whatever_is_killed_when(steps: list[tuple[object, ...]]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        writers = [Journal(folder), Journal(folder)]
+        expected: set[tuple[str, str]] = set()
+        for kind, *rest in steps:
+            try:
+                if kind == "write":
+                    number, given_events = rest
+                    events = [event(user, n) for user, n in given_events]  # type: ignore[attr-defined]
+                    if events:
+                        writers[number].write(events)  # type: ignore[call-overload]
+                    expected |= {(each.user, each.id) for each in events}
+                elif kind == "sweep":
+                    eventlog.sweep(folder, step=Killer(rest[0]))  # type: ignore[arg-type]
+                else:
+                    user = str(rest[0])
+                    expected = {pair for pair in expected if pair[0] != user}
+                    eventlog.forget(folder, user, Killer(rest[1]))  # type: ignore[arg-type]
+            except KilledError:
+                if kind == "forget":  # nobody was told that it is done: it is asked for again
+                    eventlog.forget(folder, str(rest[0]))
+            found = logged(folder)
+            assert len(found) == len(set(found))
+        assert sorted(swept(folder)) == sorted(expected)
+        assert not list(eventlog.journals(folder).iterdir())
+
+
+def test_a_killed_removal_is_finished_by_the_next_sweep(tmp_path: Path) -> None:
+    Journal(tmp_path).write([event("ann", 1), event("bob", 2)])
+    assert len(swept(tmp_path)) == 2
+    with pytest.raises(KilledError):
+        eventlog.forget(tmp_path, "ann", Killer(1))
+    assert eventlog.due(tmp_path, 300)
+    assert swept(tmp_path) == [("bob", "id2")]
+
+
+def test_an_event_that_was_under_way_does_not_bring_a_removed_user_back(tmp_path: Path) -> None:
+    late = event("ann", 1)
+    Journal(tmp_path).write([event("bob", 2)])
+    assert eventlog.forget(tmp_path, "ann").removed == 0
+    Journal(tmp_path).write([late])
+    Journal(tmp_path).write([event("ann", 3)])  # she came back
+    assert sorted(swept(tmp_path)) == [("ann", "id3"), ("bob", "id2")]
+    assert eventlog.forget(tmp_path, "ann").removed == 1
+    assert eventlog.forget(tmp_path, "ann").removed == 0
+    assert b"ann" not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_a_line_that_was_cut_off_was_never_accepted(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.write([event("ann", 1)])
+    (path,) = eventlog.journals(tmp_path).iterdir()
+    with path.open("ab") as stream:
+        stream.write(b'["bob","it')
+    assert swept(tmp_path) == [("ann", "id1")]
+
+
+def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.write([event("ann", 1)])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+        with pytest.raises(OSError):  # noqa: PT011  # a short write or EFBIG, as the kernel likes
+            journal.write([event("bob", n) for n in range(100)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, old)
+    journal.write([event("bob", 2)])
+    assert swept(tmp_path) == [("ann", "id1"), ("bob", "id2")]
+
+
+def test_a_writer_never_waits_for_who_closes_its_journal(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.write([event("ann", 1)])
+    (path,) = eventlog.journals(tmp_path).iterdir()
+    with path.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        journal.write([event("ann", 2)])
+    assert len(list(eventlog.journals(tmp_path).iterdir())) == 2
+    assert sorted(swept(tmp_path)) == [("ann", "id1"), ("ann", "id2")]
+
+
+def test_only_a_dead_replicas_journal_is_closed_before_its_writer_does(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.write([event("ann", 1)])
+    assert not eventlog.due(tmp_path, 300)
+    eventlog.sweep(tmp_path, 300)
+    assert logged(tmp_path) == []
+    (path,) = eventlog.journals(tmp_path).iterdir()
+    path.rename(path.with_name(f"{time.time_ns() - 400 * 10**9:020d}-1-x.open"))
+    assert eventlog.due(tmp_path, 300)
+    eventlog.sweep(tmp_path, 300)
+    assert logged(tmp_path) == [("ann", "id1")]
