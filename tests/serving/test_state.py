@@ -6,6 +6,7 @@ import json
 import signal
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -168,16 +169,23 @@ def test_a_query_that_is_none_is_refused(personal: Replica, query: str) -> None:
     assert "error" in reply.json
 
 
+def removed(replica: Replica, user: str) -> Any:
+    """Remove a user, again if Redis was late, for which nothing was done."""
+    for _ in range(20):
+        reply = replica.call("DELETE", f"/v1/users/{user}")
+        if reply.status != 503:
+            break
+        time.sleep(0.5)
+    assert reply.status == 200, reply.body
+    return reply.json
+
+
 def test_a_removed_user_is_gone_from_history_and_log(personal: Replica, store: Store, events_folder: Path) -> None:
     personal.post("/v1/events", [*took("lea", 1, 2), *took("max", 3)])
     eventlog.sweep(events_folder)  # two of hers in Parquet, one in a journal
     personal.post("/v1/events", took("lea", 4))
     settled(personal)
-    removed = [personal.call("DELETE", "/v1/users/lea") for _ in range(2)]
-    assert [(reply.status, reply.json) for reply in removed] == [
-        (200, {"history": 3, "log": 3}),
-        (200, {"history": 0, "log": 0}),
-    ]
+    assert [removed(personal, "lea") for _ in range(2)] == [{"history": 3, "log": 3}, {"history": 0, "log": 0}]
     assert history(store, "lea") == []
     assert {user for user, _ in logged(events_folder)} >= {"max"}
     assert b"lea" not in b"".join(path.read_bytes() for path in events_folder.rglob("*") if path.is_file())

@@ -222,8 +222,9 @@ class State:
         user = request.path.removeprefix(USERS)
         if not 1 <= len(user) <= MAX_KEY:
             raise RequestError(f"user: expected 1..{MAX_KEY} characters, got {len(user)}")
+        history = await self._histories.forget(user) if self._histories is not None else 0
         log = await self._sweep(stdin=json.dumps(user))
-        return Forgotten(await self._histories.forget(user) if self._histories is not None else 0, log["removed"])
+        return Forgotten(history, log["removed"])
 
     async def _sweep(self, *arguments: str, stdin: str = "") -> dict[str, int]:
         """Let a process of its own sweep the log: Parquet's library would double this one's memory."""
