@@ -182,7 +182,16 @@ def test_every_program_of_the_stack_listens_on_the_loopback_interface_alone(home
     layout = Layout(home)
     layout.make()
     services = programs.all_of(layout, ROOT, sys.executable, stand.params())
-    assert list(services) == ["redis", "state", "gateway", "prometheus", "alertmanager", "mlflow", "page", *airflow.NAMES]
+    assert list(services) == [
+        "redis",
+        "state",
+        "gateway",
+        "prometheus",
+        "alertmanager",
+        "mlflow",
+        "page",
+        *airflow.NAMES,
+    ]
     assert {s.address.partition(":18")[0].rpartition(":")[0] for s in services.values()} >= {"http://127.0.0.1"}
     text = configuration(layout, [service.program for service in services.values()])
     assert "0.0.0.0" not in text
