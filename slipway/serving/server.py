@@ -321,7 +321,7 @@ class App:
     async def _personal(self, request: Request, query: Query, about: Mapping[str, Any]) -> Response:
         return await self._answer(self._admitted(request), query, about)
 
-    async def _answer(self, deadline: float | None, query: Query, about: Mapping[str, Any]) -> Response:
+    async def _answer(self, deadline: float, query: Query, about: Mapping[str, Any]) -> Response:
         """Answer one request of the workload's endpoint; `about` is told beside the answer."""
         model = self._served()
         endpoint = model.endpoint
