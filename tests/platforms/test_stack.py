@@ -143,7 +143,7 @@ def test_a_home_with_a_long_path_is_refused_before_anything_starts(
 
 
 def test_an_unknown_program_is_named_with_those_there_are(home: Path) -> None:
-    with pytest.raises(StackError, match="no program nginx; there are: redis, gateway"):
+    with pytest.raises(StackError, match="no program nginx; there are: redis, state, gateway"):
         stack.up(stand.params(), ["nginx"], silent)
 
 
