@@ -2,7 +2,7 @@
 
     python -m benchmarks.training [--only zero,loader] [--video-games PATH] [--images PATH] [--rectools PYTHON]
 
-Runs the benchmarks of ZeRO, checkpoints, communication, the loader and time to quality, each in a
+Runs the benchmarks of ZeRO, checkpoints, communication, sparse training, the loader and time to quality, each in a
 process of its own, and prints their claims together. What a machine lacks (two network namespaces need root), or a path
 that was not given, is said in place of its rows. All of it takes about an hour on 2 cores; `--only` takes a part.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.claims import Claim, tell
 
-TOPICS = ("zero", "checkpoints", "communication", "loader", "time_to_quality")
+TOPICS = ("zero", "checkpoints", "communication", "sparse", "loader", "time_to_quality")
 NEEDS = {"loader": "--images", "time_to_quality": "--video-games and --rectools"}
 RESULT = Path(__file__).parent / "results" / "training.json"
 
