@@ -61,7 +61,7 @@ def asked(url: str, body: dict[str, Any], clients: int) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def served(here: Here) -> Here:
-    stack.up(here.params, ["page"], tell=lambda _: None)
+    stack.up(here.params, ["page", "state"], tell=lambda _: None)
     for version in ("1", "2"):
         stand.publish(version)
         here.platform.deploy("ranker", version, 1, timeout_s=60)
@@ -79,10 +79,12 @@ def test_alerts_fire_on_a_stack_that_suffers_and_end_when_it_is_well(served: Her
         assert firing(served) <= MAY_FIRE
 
         champion, canary = (served.platform.status().replicas[version][0] for version in ("1", "2"))
-        os.kill(pids["redis"], signal.SIGSTOP)
+        for name in ("redis", "state"):
+            os.kill(pids[name], signal.SIGSTOP)
         served.platform.inject(canary, Fault.STALL)
-        wait_for(served, "FeedbackLost", "ProgramDown", "NoReadyReplica", "ReplicaDown")
-        os.kill(pids["redis"], signal.SIGCONT)
+        wait_for(served, "FeedbackLost", "ProgramDown", "StateDown", "NoReadyReplica", "ReplicaDown")
+        for name in ("redis", "state"):
+            os.kill(pids[name], signal.SIGCONT)
 
         served.platform.inject(champion, Fault.STALL)
         wait_for(served, "ErrorRatio")

@@ -43,7 +43,7 @@ def test_the_gateway_logs_what_failed_and_nothing_of_its_content(here: Here) -> 
         assert answer.status == 200
     until(lambda: len([line for line in lines(log) if line["why"] == "error"]) == 3)
     failed = sorted((line for line in lines(log) if line["why"] == "error"), key=lambda line: line["endpoint"])
-    assert [line["status"] for line in failed] == [400, 404, 404]
+    assert [line["status"] for line in failed] == [400, 405, 404]
     assert [line["endpoint"] for line in failed] == ["/v1/recommend", "/v1/users", "other"]
     assert (failed[0]["track"], failed[0]["version"], failed[0]["class"]) == ("champion", "1", "realtime")
     assert failed[0]["replica"].startswith("127.0.0.1:")
