@@ -8,7 +8,9 @@ what it would be if the idle one slept. Flapping is judged against one limit of 
 the same measured rate.
 
 Interference: users at 100 requests/s, in turn alone, beside a batch load as fast as 16 clients go, and beside the same
-load without its class. Medians of the rounds. Writes benchmarks/results/pools.json. About 3 minutes.
+load without its class. Medians of the rounds in which the generator itself lagged by less than a
+tenth of the P99, or a millisecond; without one there is no figure. Writes
+benchmarks/results/pools.json. About 3 minutes.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ KINDS = (
     PoolParams(name=BATCH, requests="batch", replicas=1, max_batch=64),
 )
 NIGHT_RPS, EVENING_RPS, BURSTS, ONE_LIMIT_RPS = 30.0, 650.0, 5, 300.0
-USERS_RPS, CLIENTS, ROUNDS, ROUND_S = 100.0, 16, 3, 5.0
+USERS_RPS, CLIENTS, ROUNDS, ROUND_S = 100.0, 16, 4, 4.0
 LOADS = ("alone", "batch", "realtime")
 
 
@@ -117,6 +119,7 @@ def day(port: int, seconds: float) -> Sequence[Claim]:
     alone = {name: price * million for name, price in PRICES.items()}
     busy = curve(due, seconds) >= 500
     at_high = float(np.quantile(seen.latency_s[busy], 0.99, method="inverted_cdf")) * 1e3
+    lag = f"the generator's own lag: {seen.lag_p99_ms:.1f}"
     saved = 1 - ours / alone[LARGE]
     return [
         Claim("requests failed in a day", "none", "", f"{failed} of {len(due)}", 1.0, failed == 0),
@@ -128,7 +131,7 @@ def day(port: int, seconds: float) -> Sequence[Claim]:
             *("cost of a million requests, the day", "-80 % at low rate", f"{alone[LARGE]:.3f} by {LARGE} alone"),
             *(f"{ours:.3f} (-{saved:.0%}; {SMALL} alone {alone[SMALL]:.3f})", alone[LARGE] / ours, saved >= 0.8),
         ),
-        Claim("P99 at 500 requests/s and over", "< 50 ms", "", f"{at_high:.1f} ms", 50 / at_high, at_high < 50),
+        Claim("P99 at 500 requests/s and over", "< 50 ms", "", f"{at_high:.1f} ms ({lag})", 50 / at_high, at_high < 50),
     ]
 
 
@@ -159,14 +162,16 @@ def interference(port: int) -> Sequence[Claim]:
                 due = load.poisson(USERS_RPS, ROUND_S, seed=number)
                 seen = load.open_loop(("127.0.0.1", port), requests("realtime"), due)
             print(f"{name}: {seen}", file=sys.stderr)
-            found[name].append(seen.quantile_ms(0.99))
-    alone, batch, unmarked = (statistics.median(found[name]) for name in LOADS)
-    return [
-        Claim(
-            *("users' P99 beside a batch load at full speed", "moves by < 20 %", f"{alone:.2f} ms without it"),
-            *(f"{batch:.2f} ms ({unmarked:.2f} ms were it not marked as batch)", alone / batch, batch < 1.2 * alone),
-        )
-    ]
+            if seen.lag_p99_ms < load.MAX_LAG * seen.quantile_ms(0.99) or seen.lag_p99_ms < 1:
+                found[name].append(seen.quantile_ms(0.99))
+    print(f"rounds that count: { {name: len(values) for name, values in found.items()} }", file=sys.stderr)
+    what, published = "users' P99 beside a batch load at full speed", "moves by < 20 %"
+    if not (found["alone"] and found["batch"]):
+        return [Claim(what, published, "", "no figure: the generator lagged", 0.0, False)]
+    alone, batch = statistics.median(found["alone"]), statistics.median(found["batch"])
+    unmarked = f"{statistics.median(found['realtime']):.2f} ms" if found["realtime"] else "no figure"
+    ours = f"{batch:.2f} ms (were it not marked as batch: {unmarked})"
+    return [Claim(what, published, f"{alone:.2f} ms without it", ours, alone / batch, batch < 1.2 * alone)]
 
 
 @contextmanager
