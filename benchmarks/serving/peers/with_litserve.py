@@ -1,7 +1,5 @@
 """LitServe: `python with_litserve.py PORT`."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 
