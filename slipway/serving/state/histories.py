@@ -44,6 +44,11 @@ for i = 1, #KEYS / 2 do
         redis.call('EXPIRE', key, ARGV[2])
     end
 end"""
+READ: Final = """
+local found = {}
+for i, key in ipairs(KEYS) do found[i] = '[' .. table.concat(redis.call('ZRANGE', key, 0, -1), ',') .. ']' end
+return found"""
+"""Gives JSON: as strings of their own, redis-py would take longer to part the members than the model to run."""
 FORGET: Final = """
 local count = redis.call('ZCARD', KEYS[1])
 redis.call('DEL', KEYS[1])
@@ -51,7 +56,7 @@ redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[2])
 return count"""
 
 _encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(tuple[str, str]).decode
+_decode = msgspec.json.Decoder(list[tuple[str, str]]).decode
 
 
 class Histories:
@@ -76,6 +81,9 @@ class Histories:
         )
         self._redis = Redis(connection_pool=pool)
         self._append, self._forget = self._redis.register_script(APPEND), self._redis.register_script(FORGET)
+        self._read_all = self._redis.register_script(READ)
+        self._reads: list[tuple[str, asyncio.Future[bytes]]] = []
+        self._reading: set[asyncio.Task[None]] = set()
         self._queue: deque[tuple[Event, asyncio.Future[None] | None]] = deque()
         self._wake = asyncio.Event()
         self._rest_until = 0.0
@@ -105,8 +113,33 @@ class Histories:
         Raises:
             TransientError: Redis is away.
         """
-        members: Any = await self._ask(self._redis.zrange(_key(user), 0, -1))
-        return [_decode(member)[1] for member in members]
+        loop = asyncio.get_running_loop()
+        if not self._reads:
+            loop.call_soon(self._begin_reads)
+        found: asyncio.Future[bytes] = loop.create_future()
+        self._reads.append((user, found))
+        return [item for _, item in _decode(await found)]
+
+    def _begin_reads(self) -> None:
+        """Read what was asked for in one turn of the loop by one command: one a user costs much more."""
+        reads, self._reads = self._reads, []
+        task = asyncio.create_task(self._read(reads))
+        self._reading.add(task)
+        task.add_done_callback(self._reading.discard)
+
+    async def _read(self, reads: Sequence[tuple[str, asyncio.Future[bytes]]]) -> None:
+        try:
+            all_found = await self._ask(self._read_all([_key(user) for user, _ in reads]))
+            for (_, waiting), found in zip(reads, all_found, strict=True):
+                if not waiting.done():
+                    waiting.set_result(found)
+        except TransientError as error:
+            for _, waiting in reads:
+                if not waiting.done():
+                    waiting.set_exception(error)
+        finally:
+            for _, waiting in reads:
+                waiting.cancel()  # does nothing to what is done
 
     async def forget(self, user: str) -> int:
         """Remove a user, and refuse what of him is still under way; give the number of events that were kept.
