@@ -319,6 +319,21 @@ class SloParams(Section):
     """Largest share of failed requests (0..1)."""
 
 
+class CacheParams(Section):
+    """Answers kept for equal requests: in a replica's memory, in Redis, and on nodes that all replicas share."""
+
+    memory_mb: Annotated[int, Field(ge=0, le=65_536)] = 0
+    """Memory of one replica for them (MB, 0..65536; 0: no cache).
+
+    Off unless wanted: a release is judged by what its engine does, and traffic that repeats would hide that."""
+    ttl_s: Annotated[float, Field(ge=1, le=86_400)] = 300.0
+    """An answer is given again for about that long (s, 1..86400)."""
+    stale_s: Annotated[float, Field(ge=0, le=86_400)] = 60.0
+    """For so long after it an old answer is given where the engine has none (s, 0..86400)."""
+    nodes: Annotated[int, Field(ge=0, le=16)] = 2
+    """Redis servers that share the third level, if there is a cache (0..16)."""
+
+
 class ServeParams(Section):
     """The model server: one replica is one process."""
 
@@ -341,6 +356,8 @@ class ServeParams(Section):
     """What runs the model: an engine, or auto: the one that was the fastest for it when it was sealed."""
     drain_s: Positive = 10.0
     """Longest time that a stopping replica finishes its requests (s, over 0)."""
+    cache: CacheParams = CacheParams()
+    """Answers kept for equal requests."""
     history_events: Annotated[int, Field(ge=1, le=10_000)] = 500
     """Newest events that are kept of a user; older ones may be recommended again (1..10000)."""
     rotate_s: Annotated[float, Field(ge=1, le=86_400)] = 300.0

@@ -56,6 +56,11 @@ class Package:
     score_deciles: tuple[float, ...] = ()
     """Nine bounds that part the scores of held-out requests into tenths; none: its drift is not watched."""
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, which holds that of every other file."""
+        return artifacts.sha256(self.folder / MANIFEST)
+
     def golden(self) -> tuple[Arrays, Arrays]:
         """Read the golden inputs and the outputs that the model must give for them.
 

@@ -8,6 +8,7 @@ environment:
   SLIPWAY_REDIS   path of Redis' unix socket, which keeps what was shown (absent: no feedback)
   SLIPWAY_STATE   path of another one's, which keeps users' histories (absent: every user is a newcomer)
   SLIPWAY_EVENTS  folder of the log of users' events (absent: none are taken)
+  SLIPWAY_CACHE   unix sockets of the Redis servers that share the cache's third level, parted by commas (absent: none)
   SLIPWAY_HOME    the state folder, where fetched models are kept
   OTEL_EXPORTER_OTLP_ENDPOINT   URL of a collector that gets traces (absent: none are made)
   SLIPWAY_LOG     level of the log (INFO); SLIPWAY_LOG_FORMAT: text or json
@@ -35,6 +36,7 @@ from slipway.config import ServeParams
 from slipway.errors import ParamsError, SlipwayError, StackError, TransientError
 from slipway.serving import logs
 from slipway.serving import model as models
+from slipway.serving.cache import Cache
 from slipway.serving.edge import BACKLOG, Edge
 from slipway.serving.feedback import Memory
 from slipway.serving.metrics import Metrics
@@ -125,7 +127,8 @@ async def _serve(port: int, params: ServeParams, label: str, load: Callable[[], 
     memory = Memory(socket_of_redis, metrics.forgotten.inc) if socket_of_redis else None
     traces = Traces() if wanted() else None
     state = state_of(os.environ, params, metrics)
-    app = App(label, params, metrics, memory, traces, state)
+    caches: list[Cache] = []
+    app = App(label, params, metrics, memory, traces, state, _caching(params, metrics, caches))
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
@@ -152,13 +155,28 @@ async def _serve(port: int, params: ServeParams, label: str, load: Callable[[], 
     finally:
         await edge.close(params.drain_s)
         app.close()
-        for part in (memory, state):
+        for part in (memory, state, *caches):
             if part is not None:
                 await part.close()
         if traces is not None:
             traces.close()
     if not loading.done():
         os._exit(0)  # its thread cannot be interrupted, and nobody waits for its model any more
+
+
+def _caching(params: ServeParams, metrics: Metrics, made: list[Cache]) -> Callable[[str], Cache] | None:
+    """What makes the cache once the model is known; none if there is to be none."""
+    if not params.cache.memory_mb:
+        return None
+
+    def make(model: str) -> Cache:
+        shared = [socket for socket in os.environ.get("SLIPWAY_CACHE", "").split(",") if socket]
+        cache = Cache(params.cache, model, os.environ.get("SLIPWAY_REDIS"), shared, metrics.cache)
+        metrics.cache.watch_size(lambda: cache.memory.size_bytes)
+        made.append(cache)
+        return cache
+
+    return make
 
 
 def _listen(port: int) -> socket.socket:

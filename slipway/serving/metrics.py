@@ -94,6 +94,8 @@ class Metrics:
             "slipway_shown_forgotten_total", "Answers not kept for feedback: Redis was away.", registry=self._registry
         )
 
+        self.cache = CacheMetrics(self._registry)
+
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, text, labels, buckets=buckets, registry=self._registry)
 
@@ -128,3 +130,46 @@ class Metrics:
     def exposition(self) -> bytes:
         """All of it in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+class CacheMetrics:
+    """What the cache does, by level."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        found = Counter(
+            "slipway_cache_answers_total",
+            "Answers by where they came from; none: the engine, stale: an old one in its place.",
+            ["level"],
+            registry=registry,
+        )
+        self._found = {level: found.labels(level).inc for level in ("memory", "redis", "distributed", "none", "stale")}
+        shared = Counter("slipway_cache_coalesced_total", "Requests that shared an equal one's run.", registry=registry)
+        self.coalesced = shared.inc
+        errors = Counter("slipway_cache_errors_total", "Calls of a node that failed.", ["level"], registry=registry)
+        lost = Counter("slipway_cache_dropped_total", "Values not written to a level.", ["level"], registry=registry)
+        away = Gauge("slipway_cache_nodes_away", "Nodes that are left alone now.", ["level"], registry=registry)
+        self._errors = {level: errors.labels(level).inc for level in ("redis", "distributed")}
+        self._lost = {level: lost.labels(level).inc for level in ("redis", "distributed")}
+        self._away = {level: away.labels(level).inc for level in ("redis", "distributed")}
+
+    def found(self, level: str) -> None:
+        """An answer came from a level."""
+        self._found[level]()
+
+    def failed(self, level: str) -> None:
+        """A call of a node failed."""
+        self._errors[level]()
+
+    def opened(self, level: str, change: int) -> None:
+        """So many nodes more are left alone."""
+        self._away[level](change)
+
+    def dropped(self, level: str) -> None:
+        """A value was not written."""
+        self._lost[level]()
+
+    def watch_size(self, size_bytes: Callable[[], float]) -> None:
+        """Read the size of the level in memory when scraped."""
+        size = Gauge("slipway_cache_bytes", "What the cache holds in memory.", registry=self._registry)
+        size.set_function(size_bytes)

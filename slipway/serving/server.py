@@ -21,7 +21,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypedDict, cast, get_type_hints
 
 import msgspec
@@ -30,6 +30,8 @@ from slipway.config import ServeParams
 from slipway.errors import DeadlineError, OverloadError, RequestError, TransientError
 from slipway.serving import openapi, protocol
 from slipway.serving.batching import Batcher
+from slipway.serving.cache import Cache
+from slipway.serving.cache.entry import Entry
 from slipway.serving.edge import Request, Response
 from slipway.serving.feedback import Memory, Shown
 from slipway.serving.metrics import CONTENT_TYPE, Metrics
@@ -84,6 +86,7 @@ _FEEDBACK = msgspec.json.Decoder(Feedback)
 _encode = msgspec.json.Encoder().encode
 NOWHERE: Mapping[str, Route] = {}
 TEXT = "text/plain"
+JSON = ((b"content-type", b"application/json"),)
 REQUEST_ID = b"x-request-id"
 """The gateway's name of a request, which its log bears, too."""
 DEAD_S = 0.2
@@ -109,9 +112,12 @@ class App:
         memory: Memory | None,
         traces: Traces | None = None,
         state: State | None = None,
+        cache: Callable[[str], Cache] | None = None,
     ) -> None:
         self._params, self._metrics, self._memory, self._traces = params, metrics, memory, traces
         self._state = state
+        self._make_cache = cache
+        self._cache: Cache | None = None
         self._model: Model | None = None
         self._reader: Reader | None = None
         self._batcher: Batcher[Sample, Tensors] | None = None
@@ -135,6 +141,8 @@ class App:
         """Answer with `model` from now on; ready for traffic only with `welcome`."""
         self._name_version(model.version)
         self._model = model
+        if self._make_cache is not None:
+            self._cache = self._make_cache(f"{model.name}/{model.version}/{model.package.digest}")
         self._reader = Reader(model.endpoint, self._params.max_queue)
         params = self._params
         work = self._traces.work(model.predict) if self._traces else model.predict
@@ -315,24 +323,36 @@ class App:
 
     async def _friendly(self, request: Request) -> Response:
         assert self._reader is not None  # routed to only once a model is there
-        deadline = self._admitted(request)
-        return await self._answer(deadline, await self._reader.read(request.body), {})
+        deadline = self._due(request)
+        return await self._answer(request, deadline, await self._reader.read(request.body), {})
 
     async def _personal(self, request: Request, query: Query, about: Mapping[str, Any]) -> Response:
-        return await self._answer(self._admitted(request), query, about)
+        return await self._answer(request, self._due(request), query, about)
 
-    async def _answer(self, deadline: float, query: Query, about: Mapping[str, Any]) -> Response:
+    async def _answer(self, request: Request, deadline: float, query: Query, about: Mapping[str, Any]) -> Response:
         """Answer one request of the workload's endpoint; `about` is told beside the answer."""
         model = self._served()
         endpoint = model.endpoint
-        (outputs,) = await self._predict([Sample(query, endpoint.outputs)], deadline)
-        self._scores.see(outputs)
-        answer = endpoint.encode(query, outputs)
+
+        async def ask() -> Entry:
+            (outputs,) = await self._predict([Sample(query, endpoint.outputs)], deadline)
+            self._scores.see(outputs)
+            answer = endpoint.encode(query, outputs)
+            return Entry(_encode(answer), endpoint.shown(answer))
+
+        headers: tuple[tuple[bytes, bytes], ...] = JSON
+        if self._cache is None:
+            entry = await ask()
+        else:
+            fresh = b"no-cache" in (request.header(b"cache-control") or b"")
+            entry, level = await self._cache.get(query, ask, deadline, fresh)
+            headers = (*JSON, (b"x-slipway-cache", level.encode()))
         request_id = next(_NAMES)
         if self._memory is not None:
-            self._memory.keep(request_id, Shown(model.version, endpoint.shown(answer)))
-        told = {"request_id": request_id, "model": model.name, "version": model.version, **about, **answer}
-        return self._json(told)
+            self._memory.keep(request_id, Shown(model.version, entry.shown))
+        told = _encode({"request_id": request_id, "model": model.name, "version": model.version, **about})
+        body = told[:-1] + b"," + entry.body[1:] if len(entry.body) > 2 else told  # two objects become one
+        return Response(200, body, (*self._headers, *headers))
 
     async def _feedback(self, request: Request) -> Response:
         feedback = parse(_FEEDBACK, request.body)
@@ -348,6 +368,10 @@ class App:
 
     async def _predict(self, samples: list[Sample], deadline: float) -> list[Tensors]:
         return await self._submit(samples, deadline)
+
+    def _due(self, request: Request) -> float:
+        """As `_admitted`; but with a cache a full queue refuses only what the cache has not."""
+        return self._admitted(request) if self._cache is None else time.monotonic() + self._patience_s(request)
 
     def _admitted(self, request: Request) -> float:
         """Refuse a request before it is decoded, or give the moment by which it wants its answer."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slipway import config
+from slipway.config import CacheParams
 from slipway.errors import StackError
 
 _SOCKET_PATH_BYTES = 107  # what the kernel allows for the path of a unix socket
@@ -77,6 +78,10 @@ class Layout:
     def state_socket(self) -> Path:
         """The Redis of users' histories."""
         return self.run / "state.sock"
+
+    def cache_sockets(self, cache: CacheParams) -> list[Path]:
+        """The Redis servers that share the cache's third level; none where there is no cache."""
+        return [self.run / f"cache{number}.sock" for number in range(cache.nodes if cache.memory_mb else 0)]
 
     @property
     def events(self) -> Path:

@@ -259,6 +259,7 @@ class LocalPlatform:
             "SLIPWAY_LOG_FORMAT": "json",
             "SLIPWAY_SERVE": serve.model_dump_json(),
             "SLIPWAY_REDIS": str(self._layout.redis_socket),
+            "SLIPWAY_CACHE": ",".join(map(str, self._layout.cache_sockets(self._params.serve.cache))),
             "SLIPWAY_STATE": str(self._layout.state_socket),
             "SLIPWAY_EVENTS": str(self._layout.events),
             "OMP_NUM_THREADS": str(serve.threads),

@@ -56,6 +56,7 @@ def all_of(layout: Layout, checkout: Path, python: str, params: Params) -> dict[
     services = [
         _redis(layout),
         _state(layout),
+        *_cache_nodes(layout, params),
         _gateway(layout, checkout, params),
         _prometheus(layout, checkout, params),
         _alertmanager(layout, checkout, params),
@@ -73,6 +74,18 @@ def _redis(layout: Layout) -> Service:
     command += ["--maxmemory", "256mb", "--maxmemory-policy", "allkeys-lru"]
     program = Program("redis", command, layout.folder("redis"))
     return Service(program, str(layout.redis_socket), lambda: _redis_answers(layout.redis_socket), {})
+
+
+def _cache_nodes(layout: Layout, params: Params) -> list[Service]:
+    """Redis once more, some of it: each holds its share of the cache's third level, which may be lost at any time."""
+    services = []
+    for path in layout.cache_sockets(params.serve.cache):
+        command = [find("redis-server") or "redis-server", "--port", "0", "--unixsocket", str(path)]
+        command += ["--unixsocketperm", "600", "--save", "", "--appendonly", "no", "--daemonize", "no"]
+        command += ["--maxmemory", "128mb", "--maxmemory-policy", "allkeys-lfu"]
+        program = Program(path.stem, command, layout.folder(path.stem))
+        services.append(Service(program, str(path), partial(_redis_answers, path), {}))
+    return services
 
 
 def _state(layout: Layout) -> Service:

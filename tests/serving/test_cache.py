@@ -1,0 +1,227 @@
+"""The cache: its levels, one flight for equal questions, and nothing lost with a Redis that is ill."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slipway.config import CacheParams
+from slipway.errors import TransientError
+from slipway.serving.cache import Cache
+from slipway.serving.cache.entry import Entry, key_of, seal, unseal
+from slipway.serving.cache.memory import Memory
+from slipway.serving.cache.nodes import PREFIX, owner
+from slipway.serving.metrics import Metrics
+from slipway.workloads.base import Query
+from tests.conftest import needs
+from tests.serving.conftest import PARAMS, Start
+from tests.serving.packages import key
+from tests.serving.test_feedback import Store
+
+CACHED = json.dumps({**PARAMS, "cache": {"memory_mb": 8}})
+NAMES = tuple(f"/run/cache{number}.sock".encode() for number in range(5))
+
+
+def query(number: int, k: int = 10) -> Query:
+    return Query({"history": np.array([number], dtype=np.int64)}, {"k": k})
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 30_000)), max_size=300))
+def test_memory_never_holds_more_bytes_than_its_budget_nor_another_keys_value(puts: list[tuple[int, int]]) -> None:
+    memory = Memory(100_000)
+    for number, size in puts:
+        name = number.to_bytes(16, "little")
+        found = memory.get(name)
+        assert found is None or found.shown == (str(number),)
+        memory.put(name, Entry(bytes(size), (str(number),)))
+        assert memory.size_bytes <= 100_000
+    for number, _ in puts:
+        memory.drop(number.to_bytes(16, "little"))
+    assert (len(memory), memory.size_bytes) == (0, 0)
+
+
+def test_what_is_asked_for_often_outlives_a_scan() -> None:
+    memory, often = Memory(100_000), os.urandom(16)
+    memory.put(often, Entry(bytes(100), ()))
+    for _ in range(2000):
+        memory.get(often)
+        passing = os.urandom(16)
+        memory.get(passing)
+        memory.put(passing, Entry(bytes(100), ()))
+    assert memory.get(often) is not None
+
+
+@given(st.binary(min_size=16, max_size=16), st.sampled_from(NAMES))
+def test_the_loss_of_a_node_moves_its_own_keys_alone(name: bytes, lost: bytes) -> None:
+    before = owner(name, NAMES)
+    after = owner(name, tuple(n for n in NAMES if n != lost))
+    assert (before == after) is (before != lost)
+
+
+def test_each_node_has_its_share_of_the_keys() -> None:
+    owners = [owner(number.to_bytes(16, "little"), NAMES) for number in range(5000)]
+    assert all(800 < owners.count(name) < 1200 for name in NAMES)
+
+
+@given(st.binary(max_size=3000), st.binary(min_size=16, max_size=16), st.integers(0, 2**31), st.integers(0, 7))
+def test_a_sealed_value_is_read_back_and_a_spoilt_or_foreign_one_is_a_miss(
+    body: bytes, name: bytes, at: int, bit: int
+) -> None:
+    entry = Entry(body, ["a"], 1.5)
+    sealed = seal(name, entry)
+    assert sealed is not None
+    assert unseal(name, sealed) == entry
+    spoilt = bytearray(sealed)
+    spoilt[at % len(sealed)] ^= 1 << bit
+    read = unseal(name, bytes(spoilt))
+    assert read is None or read == entry
+    assert unseal(bytes(16) if name != bytes(16) else b"1" * 16, sealed) is None
+    assert unseal(name, body) is None
+
+
+def test_queries_that_differ_have_keys_that_differ() -> None:
+    one = np.array([1, 2], dtype=np.int64)
+    queries = [
+        Query({"history": one}, {"k": 1}),
+        Query({"history": one}, {"k": 2}),
+        Query({"history": one[::-1]}, {"k": 1}),
+        Query({"history": one.reshape(2, 1)}, {"k": 1}),
+        Query({"history": one.view(np.uint64)}, {"k": 1}),
+        Query({"other": one}, {"k": 1}),
+    ]
+    keys = {key_of(version, each) for each in queries for version in (b"ranker/1", b"ranker/2")}
+    assert len(keys) == 12
+    assert key_of(b"", queries[0]) == key_of(b"", Query({"history": one.copy()}, {"k": 1}))
+
+
+def make(**params: Any) -> Cache:
+    return Cache(CacheParams(memory_mb=1, **params), "ranker/1", None, [], Metrics().cache)
+
+
+def test_equal_questions_run_once_and_the_firsts_hang_up_fails_nobody() -> None:
+    async def run() -> None:
+        cache, runs, go = make(), 0, asyncio.Event()
+
+        async def ask() -> Entry:
+            nonlocal runs
+            runs += 1
+            await go.wait()
+            return Entry(b"{}", ())
+
+        first, *others = [asyncio.create_task(cache.get(query(1), ask, 1.0)) for _ in range(5)]
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.sleep(0)
+        go.set()
+        assert [level for _, level in await asyncio.gather(*others)] == ["none"] * 4
+        assert runs == 1
+        assert (await cache.get(query(1), ask, 1.0))[1] == "memory"
+
+    asyncio.run(run())
+
+
+def test_when_all_have_hung_up_the_engine_is_spared() -> None:
+    async def run() -> None:
+        cache, cancelled = make(), asyncio.Event()
+
+        async def ask() -> Entry:
+            try:
+                await asyncio.sleep(30)
+            finally:
+                cancelled.set()
+            raise AssertionError
+
+        asked = asyncio.create_task(cache.get(query(1), ask, 1.0))
+        await asyncio.sleep(0.01)
+        asked.cancel()
+        await asyncio.wait_for(cancelled.wait(), 5)
+
+    asyncio.run(run())
+
+
+def test_an_old_answer_stands_in_for_an_engine_that_fails_and_not_for_ever() -> None:
+    async def run() -> None:
+        async def fail() -> Entry:
+            raise TransientError("dead")
+
+        async def ask() -> Entry:
+            return Entry(b'{"a":1}', ())
+
+        for stale_s, expected in ((60, "stale"), (0, None)):
+            cache = make(stale_s=stale_s)
+            name = key_of(b"ranker/1\0", query(1))
+            cache.memory.put(name, Entry(b'{"a":0}', (), time.time() - 1))
+            if expected:
+                assert await cache.get(query(1), fail, 1.0) == (cache.memory.get(name), expected)
+            else:
+                with pytest.raises(TransientError):
+                    await cache.get(query(1), fail, 1.0)
+            assert (await cache.get(query(1), ask, 1.0))[0].body == b'{"a":1}'
+
+    asyncio.run(run())
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="slipway") as made:
+        yield Path(made)
+
+
+@needs("redis-server")
+def test_levels_answer_as_the_engine_does_and_ill_ones_change_no_answer(start: Start, folder: Path) -> None:
+    stores = [Store(folder / f"{name}.sock") for name in ("near", "one", "two")]
+    near, *shared = stores
+    nodes = ",".join(str(store.socket) for store in shared)
+    body = {"history": [key(3)]}
+    try:
+        first = start(SLIPWAY_SERVE=CACHED, SLIPWAY_REDIS=str(near.socket), SLIPWAY_CACHE=nodes)
+        second = start(SLIPWAY_SERVE=CACHED, SLIPWAY_REDIS=str(near.socket), SLIPWAY_CACHE=nodes)
+        third = start(SLIPWAY_SERVE=CACHED, SLIPWAY_CACHE=nodes)
+        for each in (first, second, third):
+            each.wait_until_ready()
+        asked = first.post("/v1/recommend", body)
+        assert (asked.status, asked.headers["x-slipway-cache"]) == (200, "none")
+        again = first.post("/v1/recommend", body)
+        assert again.headers["x-slipway-cache"] == "memory"
+        assert again.json["items"] == asked.json["items"]
+        assert again.json["request_id"] != asked.json["request_id"]
+        plain = first.call("POST", "/v1/recommend", body, headers={"Cache-Control": "no-cache"})
+        assert plain.headers["x-slipway-cache"] == "none"
+        for replica, level in ((second, "redis"), (third, "distributed")):
+            found = replica.post("/v1/recommend", body)
+            assert (found.headers["x-slipway-cache"], found.json["items"]) in (
+                (level, asked.json["items"]),
+                ("none", asked.json["items"]),  # a busy machine was later than 20 ms
+            )
+
+        expected = {n: third.post("/v1/recommend", {"history": [key(n)]}).json["items"] for n in range(1, 30)}
+        for store in stores:
+            with store.client() as client:
+                for name in client.keys(PREFIX + b"*"):
+                    client.set(name, b"slc1rubbish" * 9)
+        near.process.send_signal(signal.SIGSTOP)
+        shared[0].stop()
+        fourth = start(SLIPWAY_SERVE=CACHED, SLIPWAY_REDIS=str(near.socket), SLIPWAY_CACHE=nodes)
+        fourth.wait_until_ready()
+        replies = {n: fourth.post("/v1/recommend", {"history": [key(n)]}) for n in expected}
+        assert {n: reply.json["items"] for n, reply in replies.items()} == expected
+        assert {reply.status for reply in replies.values()} == {200}
+        assert fourth.metric('slipway_cache_nodes_away{level="redis"}') == 1
+    finally:
+        for store in stores:
+            with suppress(OSError):
+                store.process.send_signal(signal.SIGCONT)
+            store.stop()
