@@ -27,7 +27,7 @@ from slipway.serving.cache.nodes import PREFIX, owner
 from slipway.serving.metrics import Metrics
 from slipway.workloads.base import Query
 from tests.conftest import needs
-from tests.serving.conftest import PARAMS, Start
+from tests.serving.conftest import PARAMS, Replica, Start
 from tests.serving.packages import key
 from tests.serving.test_feedback import Store
 
@@ -180,6 +180,24 @@ def folder() -> Iterator[Path]:
         yield Path(made)
 
 
+def levels_of_shared(giver: Replica, taker: Replica, wanted: str) -> set[str]:
+    """Where a replica finds what another one has answered; asks anew until `wanted` is among it.
+
+    A busy machine may be later than the 20 ms that a node gets, and then the engine answers.
+    """
+    levels: set[str] = set()
+    for n in range(1, 40):
+        question = {"history": [key(n), key(n + 1), key(100 if wanted == "redis" else 101)]}
+        given = giver.post("/v1/recommend", question).json["items"]
+        time.sleep(0.05)  # values are written after the answer
+        found = taker.post("/v1/recommend", question)
+        assert found.json["items"] == given
+        levels.add(found.headers["x-slipway-cache"])
+        if wanted in levels:
+            break
+    return levels
+
+
 @needs("redis-server")
 def test_levels_answer_as_the_engine_does_and_ill_ones_change_no_answer(start: Start, folder: Path) -> None:
     stores = [Store(folder / f"{name}.sock") for name in ("near", "one", "two")]
@@ -201,11 +219,7 @@ def test_levels_answer_as_the_engine_does_and_ill_ones_change_no_answer(start: S
         plain = first.call("POST", "/v1/recommend", body, headers={"Cache-Control": "no-cache"})
         assert plain.headers["x-slipway-cache"] == "none"
         for replica, level in ((second, "redis"), (third, "distributed")):
-            found = replica.post("/v1/recommend", body)
-            assert (found.headers["x-slipway-cache"], found.json["items"]) in (
-                (level, asked.json["items"]),
-                ("none", asked.json["items"]),  # a busy machine was later than 20 ms
-            )
+            assert level in levels_of_shared(first, replica, level)
 
         expected = {n: third.post("/v1/recommend", {"history": [key(n)]}).json["items"] for n in range(1, 30)}
         for store in stores:
