@@ -136,7 +136,6 @@ class CacheMetrics:
     """What the cache does, by level."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
         found = Counter(
             "slipway_cache_answers_total",
             "Answers by where they came from; none: the engine, stale: an old one in its place.",
@@ -152,6 +151,8 @@ class CacheMetrics:
         self._errors = {level: errors.labels(level).inc for level in ("redis", "distributed")}
         self._lost = {level: lost.labels(level).inc for level in ("redis", "distributed")}
         self._away = {level: away.labels(level).inc for level in ("redis", "distributed")}
+        size = Gauge("slipway_cache_bytes", "What the cache holds in memory.", registry=registry)
+        self.watch_size = size.set_function
 
     def found(self, level: str) -> None:
         """An answer came from a level."""
@@ -168,8 +169,3 @@ class CacheMetrics:
     def dropped(self, level: str) -> None:
         """A value was not written."""
         self._lost[level]()
-
-    def watch_size(self, size_bytes: Callable[[], float]) -> None:
-        """Read the size of the level in memory when scraped."""
-        size = Gauge("slipway_cache_bytes", "What the cache holds in memory.", registry=self._registry)
-        size.set_function(size_bytes)
