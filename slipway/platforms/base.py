@@ -45,6 +45,8 @@ class Status:
     routing: Routing
     replicas: Mapping[str, tuple[Replica, ...]] = field(default_factory=dict)
     """Replicas by version."""
+    wanted: Mapping[str, int] = field(default_factory=dict)
+    """How many a version was last asked to have, by version; holds for every pool that does not say itself."""
 
 
 class Fault(StrEnum):
@@ -78,6 +80,13 @@ class Platform(Protocol):
 
         Raises:
             PlatformError: a replica did not become ready; says why, with the end of its log.
+        """
+
+    def scale(self, version: str, replicas: int, timeout_s: float) -> None:
+        """Give a version that serves another number of replicas: new ones are awaited, surplus ones drained.
+
+        Raises:
+            PlatformError: nothing of the version serves, or a new replica did not become ready; then none of those stays.
         """
 
     def remove(self, version: str) -> None:

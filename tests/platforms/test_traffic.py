@@ -192,15 +192,24 @@ def test_a_model_that_cannot_start_says_why_and_leaves_nothing(two: Here) -> Non
 
 
 def test_replicas_come_and_go_with_the_number_that_is_asked_for(two: Here) -> None:
-    with traffic(two, 50) as load:
-        two.platform.deploy("ranker", "1", 3, timeout_s=60)
-        assert len(two.platform.status().replicas["1"]) == 3
+    with traffic(two, 100) as load:
+        two.platform.scale("1", 4, timeout_s=60)
+        assert all(r.ready for r in two.platform.status().replicas["1"])
+        assert two.platform.status().wanted == {"1": 4, "2": 2}
+        two.platform.scale("1", 1, timeout_s=60)
+        assert len(two.platform.status().replicas["1"]) == 1
         two.platform.deploy("ranker", "1", 2, timeout_s=60)
     assert [r.name for r in two.platform.status().replicas["1"]] == ["ranker-1-1", "ranker-1-2"]
     assert load.figures().failed == 0
     targets = json.loads((two.home / "prometheus" / "targets" / "replicas.json").read_text())
     found = sorted(t["labels"]["replica"] for t in targets if t["labels"]["version"] == "1")
     assert found == ["ranker-1-1", "ranker-1-2"]
+
+
+def test_what_does_not_serve_cannot_be_scaled(two: Here) -> None:
+    with pytest.raises(PlatformError, match="version 9 does not serve: deploy it"):
+        two.platform.scale("9", 3, timeout_s=60)
+    assert "9" not in two.platform.status().replicas
 
 
 @pytest.mark.parametrize(

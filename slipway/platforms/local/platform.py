@@ -4,7 +4,7 @@ What should be is kept in `platform.json`, the same document that the gateway re
 admin socket:
 
     {"routing": {"champion": "4", "canary": null, "canary_weight": 0.0},
-     "deployments": {"4": {"workload": "ranker",
+     "deployments": {"4": {"workload": "ranker", "wanted": 2,
                            "replicas": [{"name": "ranker-4-1", "port": 18100, "serving": true, "pool": "cpu"}, ...]}},
      "pools": {"realtime": ["cpu", "gpu"], "batch": null, "prices": {...}, "low_rps": 100.0, ...}}
 
@@ -81,8 +81,25 @@ class LocalPlatform:
         for name in (workload, version):
             if not _NAME.fullmatch(name):
                 raise PlatformError(f"{name!r} cannot name a workload or version: letters, digits, _ and . only")
+        self._bring_to(replicas, version, workload, timeout_s)
+
+    def scale(self, version: str, replicas: int, timeout_s: float) -> None:
+        """Give a version that serves another number of replicas: new ones are awaited, surplus ones drained.
+
+        Raises:
+            PlatformError: nothing of the version serves, or a new replica did not become ready; then none of those stays.
+        """
+        self._bring_to(replicas, version, None, timeout_s)
+
+    def _bring_to(self, replicas: int, version: str, workload: str | None, timeout_s: float) -> None:
+        """Start and drain until `replicas` serve; without a workload only where some do already."""
         with self._changing() as document:
-            deployment = document["deployments"].setdefault(version, {"workload": workload, "replicas": []})
+            deployments = document["deployments"]
+            if workload is None:
+                if not any(replica["serving"] for replica in deployments.get(version, {}).get("replicas", [])):
+                    raise PlatformError(f"version {version} does not serve: deploy it before you scale it")
+                workload = str(deployments[version]["workload"])
+            deployment = deployments.setdefault(version, {"workload": workload, "replicas": []})
             known = sorted(deployment["replicas"], key=lambda replica: not replica["serving"])
             wanted, missing = [], []
             for pool in self._kinds.values():
@@ -98,6 +115,7 @@ class LocalPlatform:
             self._await_ready(wanted, timeout_s)
             with self._changing() as document:
                 self._begin_serving(document, version, wanted)
+                document["deployments"][version]["wanted"] = replicas
         except BaseException:
             self._discard(version, [replica for replica in wanted if not replica["serving"]])
             raise
@@ -164,7 +182,8 @@ class LocalPlatform:
             )
             for version, deployment in document["deployments"].items()
         }
-        return Status(Routing(**document["routing"]), replicas)
+        wanted = {version: d.get("wanted", len(d["replicas"])) for version, d in document["deployments"].items()}
+        return Status(Routing(**document["routing"]), replicas, wanted)
 
     def inject(self, replica: Replica, fault: Fault) -> None:
         """Do `fault` to one replica."""
