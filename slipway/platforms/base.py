@@ -86,7 +86,7 @@ class Platform(Protocol):
         """Give a version that serves another number of replicas: new ones are awaited, surplus ones drained.
 
         Raises:
-            PlatformError: nothing of the version serves, or a new replica did not become ready; then none of those stays.
+            PlatformError: nothing of the version serves, or a new replica is not ready in time; then no new one stays.
         """
 
     def remove(self, version: str) -> None:

@@ -87,7 +87,7 @@ class LocalPlatform:
         """Give a version that serves another number of replicas: new ones are awaited, surplus ones drained.
 
         Raises:
-            PlatformError: nothing of the version serves, or a new replica did not become ready; then none of those stays.
+            PlatformError: nothing of the version serves, or a new replica is not ready in time; then no new one stays.
         """
         self._bring_to(replicas, version, None, timeout_s)
 
