@@ -6,6 +6,7 @@ A benchmark measures baseline and ours in one run, makes a `Claim` of each pair,
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ class Claim:
     """The peer or the absence of the technique, measured here."""
     ours: str
     ratio: float
-    """Ours against the baseline, so that more is better."""
+    """Ours against the baseline, so that more is better; not a number where one of them has no figure."""
     reached: bool
 
 
@@ -33,10 +34,11 @@ def tell(title: str, command: str, claims: Sequence[Claim], file: Path | None) -
     """Print the claims as a table, with the command that made it, and write them as JSON if `file` is given."""
     table = Table("claim", "published", "baseline here", "ours here", "ratio", "reached", title=title, caption=command)
     for row in claims:
-        ratio, reached = f"{row.ratio:.2f}", "yes" if row.reached else "no"
+        ratio, reached = "" if math.isnan(row.ratio) else f"{row.ratio:.2f}", "yes" if row.reached else "no"
         table.add_row(row.claim, row.published, row.baseline, row.ours, ratio, reached)
     Console(width=150).print(table)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"command": command, "claims": [asdict(row) for row in claims]}, indent=2)
+        rows = [asdict(row) | ({"ratio": None} if math.isnan(row.ratio) else {}) for row in claims]
+        text = json.dumps({"command": command, "claims": rows}, indent=2)
         file.write_text(text + "\n")
