@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -659,12 +659,15 @@ def _walk(model: type[BaseModel], location: list[str]) -> tuple[type[BaseModel],
     """Follow a location into nested sections: the section that holds it, and the field it names, if there is one."""
     field = None
     for part in location:
+        if part.isdigit():  # a place in a list, whose field was named before
+            continue
         fields = {info.alias or name: info for name, info in model.model_fields.items()}
         if part not in fields:
             break
         field = fields[part]
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            model = field.annotation
+        for kind in (field.annotation, *get_args(field.annotation)):  # also of a list, or of what may be left out
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                model = kind
     return model, field
 
 

@@ -1,0 +1,1 @@
+"""How many replicas should serve, by the policy of a HorizontalPodAutoscaler."""
