@@ -106,6 +106,11 @@ def bursts(rate_rps: float, size: int, seconds: float, seed: int = 0) -> Floats:
     return np.repeat(poisson(rate_rps / size, seconds, seed), size)
 
 
+def get(path: str) -> bytes:
+    """Write a whole request without a body."""
+    return f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode()
+
+
 def post(path: str, body: Any, headers: Mapping[str, str] | None = None) -> bytes:
     """Write a whole request; `body` is bytes, or made JSON."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -16,7 +16,6 @@ benchmarks/results/pools.json. About 3 minutes.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -35,9 +34,8 @@ from benchmarks import load
 from benchmarks.claims import Claim, tell
 from slipway.config import PoolParams, PoolsParams
 from slipway.platforms.base import Routing
-from slipway.platforms.local import gateway, stack
+from slipway.platforms.local import gateway
 from slipway.platforms.local.layout import here
-from slipway.platforms.local.platform import LocalPlatform
 from tests.platforms import stand
 
 RESULTS = Path(__file__).parent / "results" / "pools.json"
@@ -66,19 +64,13 @@ def main() -> None:
         flood(int(options.flood[0]), options.flood[1], float(options.flood[2]))
         return
     with tempfile.TemporaryDirectory(prefix="pools-") as home:
-        os.environ["SLIPWAY_HOME"] = home
-        limits = PoolsParams(kinds=KINDS, dwell_s=5.0)
-        params = stand.params().model_copy(update={"pools": limits})
-        stack.up(params, ["redis", "gateway"], lambda _: None)
-        try:
+        params = stand.params().model_copy(update={"pools": PoolsParams(kinds=KINDS, dwell_s=5.0)})
+        with stand.running(Path(home), params, ["redis", "gateway"]) as up:
             stand.publish("1")
-            platform = LocalPlatform(params)
-            platform.deploy("ranker", "1", 1, 120)
-            platform.route(Routing("1"))
+            up.platform.deploy("ranker", "1", 1, 120)
+            up.platform.route(Routing("1"))
             port = params.stack.gateway_port
             claims = [*day(port, options.seconds), *interference(port)]
-        finally:
-            stack.down()
     tell("Pools", "python -m benchmarks.pools", claims, options.json)
 
 

@@ -10,8 +10,6 @@ for in the log at the end.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import tempfile
 from pathlib import Path
@@ -20,6 +18,7 @@ import pyarrow.parquet as pq
 
 from benchmarks import claims, load
 from benchmarks.claims import Claim
+from benchmarks.serving.sides import Running
 from slipway import eventlog
 from tests.conftest import until
 from tests.serving import packages
@@ -30,24 +29,13 @@ CLIENTS, SECONDS, ROUNDS, MANY = 32, 3.0, 5, 100
 COMMAND = "python -m benchmarks.state"
 
 
-def http(method: str, path: str, body: object = None) -> bytes:
-    """Write one whole request."""
-    data = b"" if body is None else json.dumps(body).encode()
-    return f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
-
-
-def cpu_s(pid: int) -> float:
-    """Processor time of a process so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def rate(replica: Replica, requests: list[bytes], status: int) -> tuple[float, float]:
     """Good answers/s, and processor time of one in the replica (µs)."""
-    used = cpu_s(replica.process.pid)
-    seen = load.closed_loop(("127.0.0.1", replica.port), requests, CLIENTS, SECONDS)
+    server = Running(replica.port, replica.process.pid)
+    used = server.cpu_s()
+    seen = load.closed_loop(server.address, requests, CLIENTS, SECONDS)
     assert set(seen) == {status}, f"answers by status: {dict(seen)}"
-    return seen[status] / SECONDS, (cpu_s(replica.process.pid) - used) / seen[status] * 1e6
+    return seen[status] / SECONDS, (server.cpu_s() - used) / seen[status] * 1e6
 
 
 def main() -> None:
@@ -75,15 +63,15 @@ def measure(replica: Replica, events: Path) -> list[Claim]:
     for user in users:
         assert replica.post("/v1/events", [{"user": user, "item": item} for item in seen]).status == 202
     until(lambda: replica.metric("slipway_events_waiting") == 0)
-    plain = [http("POST", "/v1/recommend", {"user": user, "history": seen}) for user in users]
-    own = [http("GET", f"/v1/recommend?user={user}") for user in users]
+    plain = [load.post("/v1/recommend", {"user": user, "history": seen}) for user in users]
+    own = [load.get(f"/v1/recommend?user={user}") for user in users]
     cost = [(rate(replica, plain, 200)[1], rate(replica, own, 200)[1]) for _ in range(ROUNDS)]
     until(lambda: replica.get("/v1/recommend?user=u0").json["events"] == len(seen), 5)
     of_plain, of_own = (statistics.median(each) for each in zip(*cost, strict=True))
     ratio = statistics.median(one / other for one, other in cost)
-    one = [http("POST", "/v1/events", {"user": f"e{n}", "item": packages.key(1 + n % 300)}) for n in range(1000)]
+    one = [load.post("/v1/events", {"user": f"e{n}", "item": packages.key(1 + n % 300)}) for n in range(1000)]
     many = [
-        http("POST", "/v1/events", [{"user": f"m{n}-{i}", "item": packages.key(1 + i)} for i in range(MANY)])
+        load.post("/v1/events", [{"user": f"m{n}-{i}", "item": packages.key(1 + i)} for i in range(MANY)])
         for n in range(20)
     ]
     singly, together = rate(replica, one, 202)[0], rate(replica, many, 202)[0] * MANY

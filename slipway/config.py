@@ -615,18 +615,29 @@ def _part_of(workload: str) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = read_yaml(path)
+    except FileNotFoundError as error:
+        raise ParamsError(f"{path}: no such file; run from the root of the checkout, or give --params") from error
+    if not isinstance(raw, dict):
+        raise ParamsError(f"{path}: must hold sections of keys and values, got {type(raw).__name__}")
+    return raw
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file as plain values.
+
+    Raises:
+        OSError: it cannot be read.
+        ParamsError: it is not YAML; says where.
+    """
     from ruamel.yaml import YAML  # late: a replica reads no file, and has to start fast
     from ruamel.yaml.error import YAMLError
 
     try:
-        raw = YAML(typ="safe", pure=True).load(path.read_text())
-    except FileNotFoundError as error:
-        raise ParamsError(f"{path}: no such file; run from the root of the checkout, or give --params") from error
+        return YAML(typ="safe", pure=True).load(path.read_text())
     except (YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise ParamsError(f"{path}: must hold sections of keys and values, got {type(raw).__name__}")
-    return raw
 
 
 def check(model: type[Any], raw: Any, path: Path, prefix: str = "") -> Any:

@@ -14,7 +14,7 @@ from slipway import config
 @contextmanager
 def held(name: str) -> Iterator[None]:
     """Wait for the lock `name` of this state folder and hold it; it is not re-entrant."""
-    path = config.home() / "locks" / f"{name}.lock"
+    path = _path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
@@ -24,7 +24,7 @@ def held(name: str) -> Iterator[None]:
 @contextmanager
 def tried(name: str, holder: str) -> Iterator[str | None]:
     """Hold the lock `name` as `holder`, or do not wait: gives None, or who holds it already."""
-    path = config.home() / "locks" / f"{name}.lock"
+    path = _path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as stream:
         try:
@@ -41,7 +41,7 @@ def tried(name: str, holder: str) -> Iterator[str | None]:
 
 def holder(name: str) -> str | None:
     """Read who holds the lock `name` now, as he called himself; it only looks, and is in nobody's way."""
-    path = config.home() / "locks" / f"{name}.lock"
+    path = _path(name)
     try:
         inode = path.stat().st_ino
         locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
@@ -50,3 +50,7 @@ def holder(name: str) -> str | None:
     except OSError:
         pass
     return None
+
+
+def _path(name: str) -> Path:
+    return config.home() / "locks" / f"{name}.lock"

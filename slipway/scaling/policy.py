@@ -248,14 +248,9 @@ def read(path: Path) -> Policy:
     Raises:
         ParamsError: names the file, the field, what is wrong, and what is allowed.
     """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
     try:
-        raw = YAML(typ="safe", pure=True).load(path.read_text())
+        raw = config.read_yaml(path)
     except OSError as error:
         raise ParamsError(f"{path}: cannot be read ({error.strerror}); deploy.autoscaling names it") from error
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     policy: Policy = config.check(Policy, raw, path)
     return policy

@@ -7,28 +7,19 @@ many at once. When Redis is away, calls fail within 20 ms, and for a second afte
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Final
+from typing import Final
 
 import msgspec
-from redis.asyncio import BlockingConnectionPool, Redis, UnixDomainSocketConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from slipway.errors import TransientError
+from slipway.serving.redis import KEEP, Resting
 
-TIMEOUT_S: Final = 0.02
-REST_S: Final = 1.0
-"""Time without a try after a failure."""
 LIFETIME_S: Final = 3600
 MAX_QUEUED: Final = 10_000
 MAX_AT_ONCE: Final = 256
-KEEP: Final = "for i, key in ipairs(KEYS) do redis.call('SET', key, ARGV[i + 1], 'EX', ARGV[1]) end"
-"""Writes many answers by one command: a pipeline of SETs cost a request four times as much in the client."""
 USED: Final = b"used"
 """Stands in the place of what was shown once the feedback on it came."""
 
@@ -50,20 +41,10 @@ class Memory:
 
     def __init__(self, socket: str, forgot: Callable[[int], None]) -> None:
         self._forgot = forgot
-        pool = BlockingConnectionPool(
-            max_connections=16,
-            timeout=TIMEOUT_S,
-            connection_class=UnixDomainSocketConnection,
-            path=socket,
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),  # as it comes, redis-py tries for seconds
-        )
-        self._redis = Redis(connection_pool=pool)
-        self._keep_all = self._redis.register_script(KEEP)
+        self._redis = Resting(socket, "feedback cannot be taken now")
+        self._keep_all = self._redis.client.register_script(KEEP)
         self._queue: deque[tuple[str, Shown]] = deque()
         self._wake = asyncio.Event()
-        self._rest_until = 0.0
         self._writer = asyncio.create_task(self._write_all())
         self._encoder, self._decoder = msgspec.json.Encoder(), msgspec.json.Decoder(Shown)
 
@@ -83,13 +64,8 @@ class Memory:
         Raises:
             TransientError: Redis is away.
         """
-        if time.monotonic() < self._rest_until:
-            raise TransientError("feedback cannot be taken now: Redis is away; try again later")
-        try:
-            found: Any = await self._redis.set(_key(request_id), USED, xx=True, get=True, keepttl=True)
-        except (RedisError, OSError) as error:
-            self._rest_until = time.monotonic() + REST_S
-            raise TransientError("feedback cannot be taken now: Redis is away; try again later") from error
+        call = self._redis.client.set(_key(request_id), USED, xx=True, get=True, keepttl=True)
+        found = await self._redis.ask(call)
         if found is None:
             return False
         return found == USED or self._decoder.decode(found)
@@ -102,7 +78,7 @@ class Memory:
         self._writer.cancel()
         with suppress(asyncio.CancelledError):
             await self._writer
-        await self._redis.aclose()
+        await self._redis.close()
 
     async def _write_all(self) -> None:
         while True:
@@ -113,14 +89,11 @@ class Memory:
     async def _write(self) -> None:
         while self._queue:
             batch = [self._queue.popleft() for _ in range(min(len(self._queue), MAX_AT_ONCE))]
-            if time.monotonic() < self._rest_until:
-                self._forgot(len(batch))
-                continue
             keys = [_key(request_id) for request_id, _ in batch]
+            values = [self._encoder.encode(shown) for _, shown in batch]
             try:
-                await self._keep_all(keys, [LIFETIME_S, *(self._encoder.encode(shown) for _, shown in batch)])
-            except (RedisError, OSError):
-                self._rest_until = time.monotonic() + REST_S
+                await self._redis.ask(self._keep_all(keys, [LIFETIME_S, *values]))
+            except TransientError:
                 self._forgot(len(batch))
 
 

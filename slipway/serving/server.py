@@ -259,7 +259,7 @@ class App:
         return self._json({"error": message}, status)
 
     def _json(self, value: object, status: int = 200) -> Response:
-        return Response(status, _encode(value), (*self._headers, (b"content-type", b"application/json")))
+        return Response(status, _encode(value), (*self._headers, *JSON))
 
     def _unknown(self, request: Request, methods: Mapping[str, Route]) -> Response:
         if methods:
@@ -286,7 +286,7 @@ class App:
         return Response(200, self._metrics.exposition(), headers)
 
     async def _openapi(self, _: Request) -> Response:
-        return Response(200, self._document, (*self._headers, (b"content-type", b"application/json")))
+        return Response(200, self._document, (*self._headers, *JSON))
 
     async def _docs(self, _: Request) -> Response:
         headers = (*self._headers, (b"content-type", b"text/html; charset=utf-8"))
@@ -312,7 +312,7 @@ class App:
         for inputs in inference.samples:
             endpoint.check(inputs)
         samples = [Sample(Query(inputs, {}), inference.outputs) for inputs in inference.samples]
-        results = await self._predict(samples, deadline)
+        results = await self._submit(samples, deadline)
         answer, raw = protocol.write_infer(model.name, model.version, inference, results, package.outputs)
         if not inference.binary:
             return self._json(answer)
@@ -335,7 +335,7 @@ class App:
         endpoint = model.endpoint
 
         async def ask() -> Entry:
-            (outputs,) = await self._predict([Sample(query, endpoint.outputs)], deadline)
+            (outputs,) = await self._submit([Sample(query, endpoint.outputs)], deadline)
             self._scores.see(outputs)
             answer = endpoint.encode(query, outputs)
             return Entry(_encode(answer), endpoint.shown(answer))
@@ -365,9 +365,6 @@ class App:
             outcome = "hit" if str(feedback.item) in shown.items else "miss"
             self._metrics.feedback.labels(shown.version, outcome).inc()
         return self._json(Accepted(True), 202)
-
-    async def _predict(self, samples: list[Sample], deadline: float) -> list[Tensors]:
-        return await self._submit(samples, deadline)
 
     def _due(self, request: Request) -> float:
         """As `_admitted`; but with a cache a full queue refuses only what the cache has not."""

@@ -11,8 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
 from slipway.serving.edge import Request, Response
@@ -84,12 +83,6 @@ class Traces:
             return response
 
         return traced
-
-    @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        """Name a part of the present request."""
-        with self._tracer.start_as_current_span(name):
-            yield
 
     def submit(self, submit: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
         """Tell how long a group of samples, the first argument, waits, and how long it runs."""

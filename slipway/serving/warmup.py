@@ -16,6 +16,7 @@ import numpy as np
 from slipway.errors import ModelError
 from slipway.serving import protocol
 from slipway.serving.model import Model
+from slipway.workloads.base import Tensors
 
 LONGEST_S = 1.0
 """No further batch is tried after that: a slow model would be late for its users."""
@@ -27,11 +28,12 @@ async def warm_up(host: str, port: int, model: Model, max_batch: int, max_body_b
     Raises:
         ModelError: one of them was not answered; says how.
     """
+    golden, _ = model.package.golden()
     reader, writer = await asyncio.open_connection(host, port)
     began, size = time.monotonic(), 1
     try:
         while time.monotonic() - began < LONGEST_S:
-            head, body = _request(model, size)
+            head, body = _request(model.name, golden, size)
             if len(body) > max_body_bytes:
                 return
             writer.write(head + body)
@@ -47,8 +49,7 @@ async def warm_up(host: str, port: int, model: Model, max_batch: int, max_body_b
         writer.close()
 
 
-def _request(model: Model, size: int) -> tuple[bytes, bytes]:
-    golden, _ = model.package.golden()
+def _request(name_of_model: str, golden: Tensors, size: int) -> tuple[bytes, bytes]:
     inputs, raw = [], []
     for name, array in golden.items():
         batch_B = np.resize(array, (size, *array.shape[1:]))  # repeats the rows
@@ -58,7 +59,7 @@ def _request(model: Model, size: int) -> tuple[bytes, bytes]:
     text = msgspec.json.encode({"inputs": inputs, "parameters": {"binary_data_output": True}})
     body = b"".join([text, *raw])
     lines = [
-        f"POST /v2/models/{model.name}/infer HTTP/1.1",
+        f"POST /v2/models/{name_of_model}/infer HTTP/1.1",
         "Host: replica",
         "X-Request-Class: batch",  # no deadline
         f"Inference-Header-Content-Length: {len(text)}",

@@ -7,7 +7,8 @@ import shutil
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,17 +90,23 @@ class Here:
     platform: LocalPlatform
 
 
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
-    """Redis, gateway and Prometheus in a home of the module's own."""
-    home, chosen = tmp_path_factory.mktemp("a home"), params()
+@contextmanager
+def running(home: Path, chosen: Params, programs: Sequence[str] = SERVICE) -> Iterator[Here]:
+    """Bring up programs of a stack whose state lies in `home`, and end it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLIPWAY_HOME", str(home))
-        stack.up(chosen, SERVICE, tell=lambda _: None)
+        stack.up(chosen, programs, tell=lambda _: None)
         try:
             yield Here(home, chosen, LocalPlatform(chosen))
         finally:
             stack.down()
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
+    """Redis, gateway and Prometheus in a home of the module's own."""
+    with running(tmp_path_factory.mktemp("a home"), params()) as up:
+        yield up
 
 
 @pytest.fixture(scope="module")

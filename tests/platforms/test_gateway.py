@@ -16,7 +16,7 @@ import pytest
 from slipway import config
 from slipway.config import Params
 from slipway.errors import PlatformError
-from slipway.platforms.local import gateway, stack
+from slipway.platforms.local import gateway
 from slipway.platforms.local.layout import Layout
 from tests.conftest import free_port, needs
 from tests.platforms import stand
@@ -62,12 +62,8 @@ class Backend:
 
 @pytest.fixture(scope="module")
 def params(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Params]:
-    chosen = stand.params()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLIPWAY_HOME", str(tmp_path_factory.mktemp("home")))
-        stack.up(chosen, ["gateway"], lambda _: None)
-        yield chosen
-        stack.down()
+    with stand.running(tmp_path_factory.mktemp("home"), stand.params(), ["gateway"]) as up:
+        yield up.params
 
 
 class Quiet(ThreadingHTTPServer):

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from slipway import config
 from slipway.config import Params, PoolParams, PoolsParams
 from slipway.platforms.base import Routing
-from slipway.platforms.local import gateway, programs, stack
+from slipway.platforms.local import gateway, programs
 from slipway.platforms.local.layout import Layout
 from slipway.platforms.local.platform import LocalPlatform
 from slipway.platforms.local.supervisor import Supervisor
@@ -164,11 +164,8 @@ class Backend:
 @pytest.fixture(scope="module")
 def params(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Params]:
     chosen = stand.params().model_copy(update={"pools": PoolsParams(batch_in_flight=4)})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLIPWAY_HOME", str(tmp_path_factory.mktemp("home")))
-        stack.up(chosen, ["gateway"], lambda _: None)
-        yield chosen
-        stack.down()
+    with stand.running(tmp_path_factory.mktemp("home"), chosen, ["gateway"]) as up:
+        yield up.params
 
 
 @pytest.fixture
@@ -225,20 +222,16 @@ def test_the_rate_moves_the_users_and_the_metrics_tell(params: Params, backends:
     assert metrics['_replicas{pool="nightly",state="ready"}'] == 1
 
 
-def test_a_version_runs_in_every_pool_and_batch_when_nobody_else_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLIPWAY_HOME", str(tmp_path / "h"))
+def test_a_version_runs_in_every_pool_and_batch_when_nobody_else_does(tmp_path: Path) -> None:
     kinds = (
         PoolParams(name="one", replicas=1, price_per_hour=0.1),
         PoolParams(name="other", engine="onnxruntime", threads=2, max_batch=64),
         PoolParams(name="night", requests="batch", replicas=1),
     )
     chosen = stand.params().model_copy(update={"pools": PoolsParams(kinds=kinds)})
-    stack.up(chosen, ["redis", "gateway"], lambda _: None)
-    try:
+    with stand.running(tmp_path / "h", chosen, ["redis", "gateway"]) as up:
         stand.publish("1")
-        platform = LocalPlatform(chosen)
+        platform = up.platform
         platform.deploy("ranker", "1", 2, 60)
         platform.route(Routing("1"))
         document = json.loads(Layout(config.home()).platform_file.read_text())
@@ -255,8 +248,6 @@ def test_a_version_runs_in_every_pool_and_batch_when_nobody_else_does(
         assert len(platform.status().replicas["1"]) == 3
         LocalPlatform(chosen.model_copy(update={"pools": PoolsParams()})).deploy("ranker", "1", 1, 60)
         assert [replica.ready for replica in platform.status().replicas["1"]] == [True]
-    finally:
-        stack.down()
 
 
 def _environment(pid: int) -> str:

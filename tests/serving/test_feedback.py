@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from slipway.serving.feedback import REST_S
+from slipway.serving.redis import REST_S
 from tests.conftest import needs, until
 from tests.serving.conftest import Replica, Start
 from tests.serving.packages import key

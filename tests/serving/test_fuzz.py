@@ -25,7 +25,7 @@ from PIL import Image
 from slipway import artifacts
 from slipway.errors import RequestError
 from slipway.package import TensorSpec
-from slipway.platforms.local import gateway, stack
+from slipway.platforms.local import gateway
 from slipway.platforms.local.layout import Layout
 from slipway.serving import protocol, server
 from slipway.workloads.base import Endpoint, parse
@@ -214,16 +214,13 @@ def received(client: socket.socket) -> bytes:
 
 
 @pytest.fixture
-def door(replica: Replica, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def door(replica: Replica, tmp_path: Path) -> Iterator[str]:
     """URL of a gateway in front of the replica."""
-    monkeypatch.setenv("SLIPWAY_HOME", str(tmp_path / "home"))
-    params = stand.params()
-    stack.up(params, ["gateway"], lambda _: None)
     deployments = {"7": {"workload": "ranker", "replicas": [{"name": "r", "port": replica.port, "serving": True}]}}
     routing = {"champion": "7", "canary": None, "canary_weight": 0.0}
-    gateway.put(Layout(tmp_path / "home"), {"routing": routing, "deployments": deployments})
-    yield gateway.url(params)
-    stack.down()
+    with stand.running(tmp_path / "home", stand.params(), ["gateway"]) as up:
+        gateway.put(Layout(up.home), {"routing": routing, "deployments": deployments})
+        yield gateway.url(up.params)
 
 
 @needs("nginx")

@@ -6,7 +6,7 @@ import shutil
 import socket
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -68,33 +68,27 @@ def all_of(layout: Layout, checkout: Path, python: str, params: Params) -> dict[
 
 
 def _redis(layout: Layout) -> Service:
-    command = [find("redis-server") or "redis-server", "--port", "0", "--unixsocket", str(layout.redis_socket)]
     # What it holds, who was shown what, is worth nothing after a power cut.
-    command += ["--unixsocketperm", "600", "--save", "", "--appendonly", "no", "--daemonize", "no"]
-    command += ["--maxmemory", "256mb", "--maxmemory-policy", "allkeys-lru"]
-    program = Program("redis", command, layout.folder("redis"))
-    return Service(program, str(layout.redis_socket), lambda: _redis_answers(layout.redis_socket), {})
+    return _redis_server(layout, "redis", layout.redis_socket, "256mb", "allkeys-lru")
 
 
 def _cache_nodes(layout: Layout, params: Params) -> list[Service]:
     """Redis once more, some of it: each holds its share of the cache's third level, which may be lost at any time."""
-    services = []
-    for path in layout.cache_sockets(params.serve.cache):
-        command = [find("redis-server") or "redis-server", "--port", "0", "--unixsocket", str(path)]
-        command += ["--unixsocketperm", "600", "--save", "", "--appendonly", "no", "--daemonize", "no"]
-        command += ["--maxmemory", "128mb", "--maxmemory-policy", "allkeys-lfu"]
-        program = Program(path.stem, command, layout.folder(path.stem))
-        services.append(Service(program, str(path), partial(_redis_answers, path), {}))
-    return services
+    sockets = layout.cache_sockets(params.serve.cache)
+    return [_redis_server(layout, path.stem, path, "128mb", "allkeys-lfu") for path in sockets]
 
 
 def _state(layout: Layout) -> Service:
     """Redis again, for what must not be lost: users' histories. It refuses before it forgets."""
-    command = [find("redis-server") or "redis-server", "--port", "0", "--unixsocket", str(layout.state_socket)]
-    command += ["--unixsocketperm", "600", "--save", "", "--appendonly", "yes", "--appendfsync", "everysec"]
-    command += ["--daemonize", "no", "--maxmemory", "512mb", "--maxmemory-policy", "noeviction"]
-    program = Program("state", command, layout.folder("state"))
-    return Service(program, str(layout.state_socket), lambda: _redis_answers(layout.state_socket), {}, start_s=60)
+    return _redis_server(layout, "state", layout.state_socket, "512mb", "noeviction", lasting=True)
+
+
+def _redis_server(layout: Layout, name: str, path: Path, memory: str, policy: str, lasting: bool = False) -> Service:
+    command = [find("redis-server") or "redis-server", "--port", "0", "--unixsocket", str(path)]
+    command += ["--unixsocketperm", "600", "--daemonize", "no", "--maxmemory", memory, "--maxmemory-policy", policy]
+    command += ["--save", "", "--appendonly", "yes" if lasting else "no", "--appendfsync", "everysec"]
+    service = Service(Program(name, command, layout.folder(name)), str(path), partial(_redis_answers, path), {})
+    return replace(service, start_s=60.0) if lasting else service  # it reads what it has written
 
 
 def _redis_answers(path: Path) -> bool:

@@ -72,13 +72,7 @@ def _select(services: dict[str, Service], only: Sequence[str]) -> list[Service]:
 def end_orphans(layout: Layout) -> int:
     """End what a supervisord that was killed left behind, and clear its socket."""
     count = processes.end(layout.home, session(layout), grace_s=10.0)
-    for left in (
-        layout.supervisor_socket,
-        layout.gateway_socket,
-        layout.inner_socket,
-        layout.redis_socket,
-        layout.state_socket,
-    ):
+    for left in layout.run.glob("*.sock"):
         left.unlink(missing_ok=True)
     return count
 

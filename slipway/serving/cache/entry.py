@@ -20,6 +20,9 @@ MAGIC: Final = b"slc1"
 SUM_BYTES: Final = 8
 HEAD: Final = struct.Struct("<4s?")
 
+# Made once: their tables cost more than a value.
+_compress = zstandard.ZstdCompressor(level=1).compress
+_decompress = zstandard.ZstdDecompressor().decompress
 _ENCODER = msgspec.msgpack.Encoder()
 _ASKED = msgspec.json.Encoder(order="deterministic")
 
@@ -60,7 +63,7 @@ def seal(key: bytes, entry: Entry) -> bytes | None:
         return None
     large = len(payload) >= COMPRESS_BYTES
     if large:
-        payload = zstandard.ZstdCompressor(level=1).compress(payload)
+        payload = _compress(payload)
     return HEAD.pack(MAGIC, large) + _sum(key, payload) + payload
 
 
@@ -76,7 +79,7 @@ def unseal(key: bytes, value: object) -> Entry | None:
         if value[4]:
             if not 0 < zstandard.frame_content_size(payload) <= MAX_BYTES:
                 return None
-            payload = zstandard.ZstdDecompressor().decompress(payload)
+            payload = _decompress(payload)
         return _DECODER.decode(payload)
     except (zstandard.ZstdError, msgspec.MsgspecError):
         return None

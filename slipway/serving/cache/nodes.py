@@ -16,16 +16,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final, Protocol
 
-from redis.asyncio import BlockingConnectionPool, Redis, UnixDomainSocketConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from slipway.serving.redis import KEEP, TIMEOUT_S, connect
 
-TIMEOUT_S: Final = 0.02
 PROBE_S: Final = 0.5
+CONNECTIONS: Final = 4
 MAX_QUEUED: Final = 4096
 MAX_AT_ONCE: Final = 64
 PREFIX: Final = b"slipway:cache:"
-KEEP: Final = "for i, key in ipairs(KEYS) do redis.call('SET', key, ARGV[i + 1], 'EX', ARGV[1]) end"
 
 
 class Observer(Protocol):
@@ -46,17 +43,7 @@ class Node:
 
     def __init__(self, socket: str, level: str, ttl_s: int, observer: Observer) -> None:
         self._level, self._ttl_s, self._observer = level, ttl_s, observer
-        retry = Retry(NoBackoff(), 0)  # as it comes, redis-py tries for seconds
-        pool = BlockingConnectionPool(
-            connection_class=UnixDomainSocketConnection,
-            path=socket,
-            max_connections=4,
-            timeout=TIMEOUT_S,
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=TIMEOUT_S,
-            retry=retry,
-        )
-        self._redis: Any = Redis.from_pool(pool)
+        self._redis: Any = connect(socket, CONNECTIONS)
         self._keep = self._redis.register_script(KEEP)
         self._wanted: dict[bytes, asyncio.Future[object]] = {}
         self._queue: deque[tuple[bytes, bytes]] = deque()

@@ -15,20 +15,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Final
+from typing import Final
 
 import msgspec
-from redis.asyncio import BlockingConnectionPool, Redis, UnixDomainSocketConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from slipway.errors import TransientError
 from slipway.eventlog import WINDOW_S, Event
+from slipway.serving.redis import REST_S, Resting
 
-TIMEOUT_S: Final = 0.02
-REST_S: Final = 1.0
-"""Time without a try after a failure."""
 KEPT_S: Final = 90 * 86_400
 """Who did nothing for so long is a newcomer again."""
 MAX_QUEUED: Final = 100_000
@@ -70,23 +64,12 @@ class Histories:
 
     def __init__(self, socket: str, cap: int, forgot: Callable[[int], None]) -> None:
         self._cap, self._forgot = cap, forgot
-        pool = BlockingConnectionPool(
-            max_connections=16,
-            timeout=TIMEOUT_S,
-            connection_class=UnixDomainSocketConnection,
-            path=socket,
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),  # as it comes, redis-py tries for seconds
-        )
-        self._redis = Redis(connection_pool=pool)
-        self._append, self._forget = self._redis.register_script(APPEND), self._redis.register_script(FORGET)
-        self._read_all = self._redis.register_script(READ)
+        self._redis = Resting(socket, "histories cannot be reached now")
+        self._append, self._forget, self._read_all = map(self._redis.client.register_script, (APPEND, FORGET, READ))
         self._reads: list[tuple[str, asyncio.Future[bytes]]] = []
         self._reading: set[asyncio.Task[None]] = set()
         self._queue: deque[tuple[Event, asyncio.Future[None] | None]] = deque()
         self._wake = asyncio.Event()
-        self._rest_until = 0.0
         self._writer = asyncio.create_task(self._write_all())
 
     def __len__(self) -> int:
@@ -104,7 +87,7 @@ class Histories:
         self._queue.extend((event, None) for event in taken[:-1])
         self._queue.append((taken[-1], done))
         self._wake.set()
-        if not self._rests():
+        if not self._redis.rests:
             await done
 
     async def of(self, user: str) -> list[str]:
@@ -129,7 +112,7 @@ class Histories:
 
     async def _read(self, reads: Sequence[tuple[str, asyncio.Future[bytes]]]) -> None:
         try:
-            all_found = await self._ask(self._read_all([_key(user) for user, _ in reads]))
+            all_found = await self._redis.ask(self._read_all([_key(user) for user, _ in reads]))
             for (_, waiting), found in zip(reads, all_found, strict=True):
                 if not waiting.done():
                     waiting.set_result(found)
@@ -148,20 +131,7 @@ class Histories:
             TransientError: Redis is away.
         """
         now = time.time_ns() // 1000
-        return int(await self._ask(self._forget([_key(user), _mark(user)], [now, WINDOW_S])))
-
-    def _rests(self) -> bool:
-        return time.monotonic() < self._rest_until
-
-    async def _ask(self, call: Any) -> Any:
-        if self._rests():
-            call.close()
-            raise TransientError("histories cannot be reached now: Redis is away; try again later")
-        try:
-            return await call
-        except (RedisError, OSError) as error:
-            self._rest_until = time.monotonic() + REST_S
-            raise TransientError("histories cannot be reached now: Redis is away; try again later") from error
+        return int(await self._redis.ask(self._forget([_key(user), _mark(user)], [now, WINDOW_S])))
 
     async def close(self) -> None:
         """Write what waits, then end."""
@@ -170,7 +140,7 @@ class Histories:
             await self._writer
         with suppress(TimeoutError, TransientError):
             await asyncio.wait_for(self._write(), 1.0)
-        await self._redis.aclose()
+        await self._redis.close()
 
     async def _write_all(self) -> None:
         while True:
@@ -197,7 +167,7 @@ class Histories:
             for event, _ in batch:
                 keys += (_key(event.user), _mark(event.user))
                 values += (_encode((event.id, event.item)), event.time, event.at)
-            await self._ask(self._append(keys, values))
+            await self._redis.ask(self._append(keys, values))
             for _ in batch:  # only now: a failure leaves them where they are
                 _, done = self._queue.popleft()
                 if done is not None and not done.done():
