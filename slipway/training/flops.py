@@ -20,8 +20,11 @@ from slipway.workloads.base import Tensors
 
 MEASURED_S, LEAST = 0.2, 5  # time, and products: all of fewer could have met a machine that stood still
 SIZE, SIZE_ACCELERATOR = 384, 8192  # sides of the matrices: large enough for the peak, small enough for the time
-SHAPES = 64  # shapes of batches that are counted; a step under the counter takes about three times as long
+SHAPES = 16  # batches that are counted at most; a step under the counter takes about three times as long
+NEAR = 1.1  # a batch of a size within this factor of a counted one is not counted itself
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Shapes = tuple[tuple[int, ...], ...]  # of the tensors of a batch
 
 
 def peak(precision: str, device: torch.device) -> float:
@@ -43,33 +46,45 @@ def peak(precision: str, device: torch.device) -> float:
 class Counter:
     """Counts the operations of forward and backward, by torch's own formulas for each kind of operation.
 
-    The first batch of a shape runs under the counter, which looks on and changes no result; further ones are known by
-    their shape. What a technique leaves out (rows that are not trained) or does twice (activations computed anew)
-    counts as it was in that first batch.
+    A batch of a new size runs under the counter, which looks on and changes no result; others are known by the counted
+    one that is nearest in size, in proportion, which is exact for the same shape. What a technique leaves out (rows
+    that are not trained) or does twice (activations computed anew) counts as it was in that first batch.
     """
 
     def __init__(self) -> None:
         self.total = 0.0
-        self._known: dict[tuple[tuple[int, ...], ...], int] = {}
+        self.looked = False
+        """Whether the last batch ran under the counter, so that the time of its step says nothing."""
+        self._known: dict[Shapes, int] = {}
 
     @contextmanager
     def counting(self, batch: Tensors) -> Iterator[None]:
         """Add the operations of forward and backward, which run inside, on `batch`."""
         shapes = tuple(value.shape for value in batch.values())
-        if shapes in self._known or len(self._known) >= SHAPES:
+        self.looked = not self._covers(shapes)
+        if not self.looked:
             yield
         else:
             with FlopCounterMode(display=False, custom_mapping=_ON_CPU) as mode:
                 yield
             self._known[shapes] = mode.get_total_flops()
-        self.total += self._known.get(shapes) or self._estimate(shapes)
+        self.total += self._operations(shapes)
 
-    def _estimate(self, shapes: tuple[tuple[int, ...], ...]) -> float:
-        return _elements(shapes) * sum(self._known.values()) / max(1, sum(map(_elements, self._known)))
+    def _covers(self, shapes: Shapes) -> bool:
+        if shapes in self._known or len(self._known) >= SHAPES:
+            return True
+        return any(1 / NEAR < _elements(shapes) / _elements(known) < NEAR for known in self._known)
+
+    def _operations(self, shapes: Shapes) -> float:
+        if shapes in self._known:
+            return self._known[shapes]
+        size = _elements(shapes)
+        nearest = min(self._known, key=lambda known: abs(math.log(_elements(known) / size)))
+        return self._known[nearest] * size / _elements(nearest)
 
 
-def _elements(shapes: tuple[tuple[int, ...], ...]) -> int:
-    return sum(map(math.prod, shapes))
+def _elements(shapes: Shapes) -> int:
+    return max(1, sum(map(math.prod, shapes)))
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:

@@ -4,7 +4,8 @@
                                         is the largest of them
     loss_scale, skipped_steps           of fp16: the scale in force, steps left out for an overflow so far
     UNIT_per_s, mfu                     speed of all processes, and model FLOPs over the measured peak; the time of
-                                        validation and checkpoints is left out
+                                        validation and checkpoints is left out, from mfu also the few steps whose
+                                        operations are being counted, which are slow: it is missing where all are
     data_share ... checkpoint_share     share of the time in each part of `watch.PARTS`; data_share is what the model
                                         waited for its batches
     sent_bytes_per_step                 bytes that rank 0 sent, as in a ring (collectives.py); where communication.py
@@ -65,7 +66,9 @@ class Meter:
         self._unit, self._device, self._tell = unit, device, tell
         self._flops = flops.Counter()
         self._counts = dict.fromkeys(("steps", "losses", "loss", "rate", "units", "skipped"), 0.0)
-        self._every, self._norm, self._scale = 1, 0.0, 0.0
+        self._looked = dict.fromkeys(("looked_steps", "looked_s", "looked_flops"), 0.0)  # operations being counted
+        self._norm, self._scale = 0.0, 0.0
+        self._step_began, self._step_flops = _training_s(), 0.0
         self._before = {key: -value for key, value in self._now().items()}
         self._last = self.totals()
 
@@ -96,6 +99,12 @@ class Meter:
         counted = {"steps": 1, "losses": finite, "loss": loss if finite else 0.0, "rate": rate, "units": units}
         for key, value in {**counted, "skipped": skipped}.items():
             self._counts[key] += value
+        now, operations = _training_s(), self._flops.total
+        if self._flops.looked:
+            self._looked["looked_steps"] += 1
+            self._looked["looked_s"] += now - self._step_began
+            self._looked["looked_flops"] += operations - self._step_flops
+        self._step_began, self._step_flops = now, operations
         self._norm, self._scale = max(self._norm, norm or 0.0), scale or 0.0
         passed = time.perf_counter() + self._before["seconds"]
         if passed - self._last["seconds"] >= min(SELDOM_S, max(OFTEN_S, passed / 40)):
@@ -116,13 +125,13 @@ class Meter:
             del self.samples[-2::-2]  # the last one stays
 
     def _figures(self, new: Mapping[str, float], totals: Mapping[str, float]) -> dict[str, float]:
-        working = max(1e-9, new["seconds"] - new["validation"] - new["checkpoint"])
+        working = _working(new)
         found = {
             "loss": new["loss"] / new["losses"] if new["losses"] else math.nan,
             "learning_rate": new["rate"] / new["steps"],
             "grad_norm": self._norm or math.nan,  # all steps were skipped
             f"{self._unit}_per_s": new["units"] / working,
-            "mfu": new["flops"] / working / self.peak,
+            "mfu": self._mfu(new),
             **{f"{name}_share": new[name] / new["seconds"] for name in watch.PARTS},
             "sent_bytes_per_step": new["sent_bytes"] / new["steps"],
             "rss_bytes": _resident_bytes(),
@@ -133,22 +142,31 @@ class Meter:
             found |= {"loss_scale": self._scale, "skipped_steps": totals["skipped"]}
         return found | watch.gauges()
 
+    def _mfu(self, sums: Mapping[str, float]) -> float:
+        """Utilisation in the steps that were not slowed by counting; not a number where there are none."""
+        if sums["steps"] == sums["looked_steps"]:
+            return math.nan
+        operations, seconds = sums["flops"] - sums["looked_flops"], _working(sums) - sums["looked_s"]
+        return operations / max(1e-9, seconds) / self.peak
+
     def totals(self) -> dict[str, float]:
         """Sums over the whole run: seconds, steps, units, flops, sent_bytes, skipped steps, seconds in every part."""
         return {key: self._before[key] + value for key, value in self._now().items()}
 
     def _now(self) -> dict[str, float]:
         own = {"seconds": time.perf_counter(), "sent_bytes": watch.sent_bytes(), "flops": self._flops.total}
-        return {**own, **self._counts, **watch.spent()}
+        return {**own, **self._counts, **self._looked, **watch.spent()}
 
     def report(self) -> dict[str, Any]:
         """What reports/train.json tells of the run as a whole, and its samples."""
         totals = self.totals()
-        working = max(1e-9, totals["seconds"] - totals["validation"] - totals["checkpoint"])
+        mfu = self._mfu(totals)
+        if math.isnan(mfu):  # a run of a few steps
+            mfu = totals["flops"] / _working(totals) / self.peak
         shares = {name: totals[name] / totals["seconds"] for name in watch.PARTS}
         return {
             "unit": self._unit,
-            "mfu": round(totals["flops"] / working / self.peak, 4),
+            "mfu": round(mfu, 4),
             "peak_flops_per_s": round(self.peak),
             "flops_per_step": round(totals["flops"] / max(1.0, totals["steps"])),
             "sent_bytes_per_step": round(totals["sent_bytes"] / max(1.0, totals["steps"])),
@@ -170,6 +188,16 @@ class Meter:
         self._before = {key: state["totals"].get(key, 0.0) - value for key, value in now.items()}
         self._last = self.totals()
         self.samples = [Sample(**sample) for sample in state["samples"]]
+
+
+def _working(sums: Mapping[str, float]) -> float:
+    return max(1e-9, sums["seconds"] - sums["validation"] - sums["checkpoint"])
+
+
+def _training_s() -> float:
+    """The clock, which stands still in validation and checkpoints."""
+    spent = watch.spent()
+    return time.perf_counter() - spent["validation"] - spent["checkpoint"]
 
 
 def _resident_bytes() -> int:

@@ -189,7 +189,7 @@ class Trainer:
             "loss": now.loss * self.world_size / max(1, now.seen),
             f"{self.task.unit}/s": f"{now.samples / max(now.seconds, 1e-9):,.0f}",
         }
-        if self.meter.samples:
+        if self.meter.samples and "mfu" in self.meter.samples[-1].figures:
             figures["mfu"] = f"{self.meter.samples[-1].figures['mfu']:.0%}"
         if not self.state.curve:
             return figures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import math
 import time
@@ -74,13 +75,19 @@ def test_counting_changes_no_gradient() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, counted, strict=True))
 
 
-def test_shapes_beyond_the_limit_are_estimated_by_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flops, "SHAPES", 1)
-    model, counter = Small(), flops.Counter()
-    train(model, counter, batch=3)
-    once = counter.total
-    train(model, counter, batch=6)
-    assert counter.total == pytest.approx(3 * once)
+@pytest.mark.parametrize("limit", [1, 16])
+def test_a_batch_of_another_size_is_counted_and_one_of_nearly_the_same_is_known_by_it(
+    monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(flops, "SHAPES", limit)
+    model, counter, looked, totals = Small(), flops.Counter(), [], [0.0]
+    for batch in (30, 30, 31, 60, 61):
+        train(model, counter, batch)
+        looked.append(counter.looked)
+        totals.append(counter.total)
+    assert looked == [True, False, False, limit > 1, False]
+    each = [after - before for before, after in itertools.pairwise(totals)]
+    assert each == pytest.approx([size / 30 * each[0] for size in (30, 30, 31, 60, 61)])
 
 
 def test_measuring_the_peak_is_short_and_leaves_the_generator_alone() -> None:
@@ -139,6 +146,30 @@ def test_a_sample_tells_of_the_steps_since_the_one_before() -> None:
     assert (second["loss"], second["skipped_steps"], second["loss_scale"], second["workers"]) == (5.0, 1, 1024, 3)
     assert second["data_share"] == 0
     assert "grad_norm" not in second, "an overflow's infinite norm is no figure"
+
+
+def test_steps_that_counting_slows_are_left_out_of_the_utilisation() -> None:
+    told_by, told = meter()
+    model, slow_s = Small(), 1.0
+
+    def step(batch: int, took_s: float) -> None:
+        with told_by.counting({"x_BTD": np.zeros((batch, 4, 8))}):
+            model(torch.ones(batch, 4, 8)).backward()
+            time.sleep(took_s)
+        told_by.step(1.0, units=batch, norm=1.0, rate=0.1)
+
+    step(30, slow_s)  # counted: far longer than the others, and a sample of its own
+    assert len(told) == 1
+    assert "mfu" not in told[0].figures
+    began, before = time.perf_counter(), told_by.totals()["flops"]
+    for _ in range(3):
+        step(30, 0.01)
+    told_by.sample()
+    taken, done = time.perf_counter() - began, told_by.totals()["flops"] - before
+    assert done == 3 * before, "a batch of a known shape counts as before"
+    assert told_by.report()["flops_per_step"] == before, "counted steps are steps, too"
+    fast = done / told_by.peak / taken
+    assert told_by.report()["mfu"] == pytest.approx(fast, rel=0.2, abs=6e-5), "their time is left out"
 
 
 def test_a_long_run_keeps_a_bounded_history_with_its_end() -> None:
