@@ -10,7 +10,6 @@ import gzip
 import json
 import math
 from collections import Counter, defaultdict
-from pathlib import Path
 from typing import Any
 
 import pytest
