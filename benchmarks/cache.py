@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import claims, load
+from benchmarks import claims, load, questions
 from benchmarks.claims import Claim
 from slipway.serving.cache.nodes import PREFIX
 from tests.serving import packages
@@ -31,12 +31,10 @@ from tests.serving.conftest import Replica
 from tests.serving.test_feedback import Store
 
 COMMAND = "python -m benchmarks.cache"
-QUESTIONS, EXPONENT, CHECKED = 5_000, 1.0, 200
+QUESTIONS, CHECKED = 5_000, 200
 WARM, WARM_RPS = 10_000, 500.0
 RATE_RPS, SECONDS, ROUNDS = 100.0, 6.0, 3
 LEVELS = ("memory", "redis", "distributed", "none")
-POST = "/v1/recommend"
-History = Sequence[int]
 
 
 def main() -> None:
@@ -57,7 +55,7 @@ class Sides:
     """A replica with the cache and one without, and the cache's Redis servers."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self._package = packages.seal(folder / "package", items=50_000, width=128)
+        self._package = packages.seal(folder / "package", items=questions.ITEMS, width=128)
         self._folder, self._stack = folder, stack
         self.near, *self.shared = [Store(folder / f"{name}.sock") for name in ("near", "one", "two")]
         for store in (self.near, *self.shared):
@@ -75,30 +73,10 @@ class Sides:
         return made
 
 
-def zipf(count: int, seed: int) -> list[History]:
-    """Draw histories of one to fifty items, the same few again and again."""
-    draw = np.random.default_rng(seed)
-    weights = 1.0 / np.arange(1, QUESTIONS + 1) ** EXPONENT
-    asked = draw.choice(QUESTIONS, size=count, p=weights / weights.sum())
-    return [history_of(int(question)) for question in asked]
-
-
-def history_of(question: int) -> History:
-    """Give the history that a question holds."""
-    draw = np.random.default_rng(question)
-    items: list[int] = draw.integers(1, 50_001, size=draw.integers(1, 51)).tolist()
-    return items
-
-
-def written(histories: Sequence[History]) -> list[bytes]:
-    """Write whole requests."""
-    return [load.post(POST, {"history": [packages.key(item) for item in history]}) for history in histories]
-
-
-def asked(replica: Replica, histories: Sequence[History], rate_rps: float, seed: int) -> load.Seen:
-    """Ask each once, at moments drawn by `seed`: the same for whoever is asked."""
-    gaps = np.random.default_rng(seed).exponential(1 / rate_rps, size=len(histories))
-    return load.open_loop(("127.0.0.1", replica.port), written(histories), np.cumsum(gaps))
+def asked(replica: Replica, requests: Sequence[bytes], rate_rps: float, seed: int) -> load.Seen:
+    """Send each once, at moments drawn by `seed`: the same for whoever is asked."""
+    gaps = np.random.default_rng(seed).exponential(1 / rate_rps, size=len(requests))
+    return load.open_loop(("127.0.0.1", replica.port), requests, np.cumsum(gaps))
 
 
 def levels(replica: Replica) -> Counter[str]:
@@ -114,11 +92,11 @@ def shares(counts: Counter[str]) -> tuple[float, float]:
 
 def by_zipf(sides: Sides) -> Iterator[Claim]:
     """Hits by level and the mean latency, with a warm cache."""
-    asked(sides.cached, zipf(WARM, 1), WARM_RPS, 1)
+    asked(sides.cached, questions.zipf(WARM, QUESTIONS, 1), WARM_RPS, 1)
     before, means = levels(sides.cached), []
     for turn in range(ROUNDS):
-        histories = zipf(round(RATE_RPS * SECONDS), 10 + turn)
-        pair = [asked(replica, histories, RATE_RPS, turn) for replica in (sides.without, sides.cached)]
+        requests = questions.zipf(round(RATE_RPS * SECONDS), QUESTIONS, 10 + turn)
+        pair = [asked(replica, requests, RATE_RPS, turn) for replica in (sides.without, sides.cached)]
         assert all(set(seen.statuses) == {200} for seen in pair), [seen.statuses for seen in pair]
         means.append([float(seen.latency_s.mean()) * 1e3 for seen in pair])
     counts = levels(sides.cached) - before
@@ -137,12 +115,13 @@ def replayed(sides: Sides, file: Path) -> Claim:
     users: dict[str, list[int]] = {}
     for line in file.read_text().splitlines():
         user, item = line.split()
-        users.setdefault(user, []).append(int(item) % 50_000 + 1)
+        users.setdefault(user, []).append(int(item) % questions.ITEMS + 1)
     some = list(islice(users.values(), 6_000))
     # The file has no times: all first purchases, then all second ones.
     histories = [items[:length] for length in (1, 2) for items in some if len(items) >= length]
     cached = sides.replica("replayed", 64)
-    asked(cached, histories, WARM_RPS, 3)
+    requests = [load.post(questions.PATH, questions.body(history)) for history in histories]
+    asked(cached, requests, WARM_RPS, 3)
     counts = levels(cached)
     hit, in_memory = shares(counts)
     text = f"{hit:.1%} hits, {in_memory:.1%} of them in memory ({dict(counts)})"
@@ -153,19 +132,18 @@ def replayed(sides: Sides, file: Path) -> Claim:
 
 def ill(sides: Sides) -> Iterator[Claim]:
     """What users of a fresh replica see of a Redis that is stalled, returns rubbish, or is gone."""
-    questions = [history_of(question) for question in range(QUESTIONS, QUESTIONS + CHECKED)]
-    bodies = [{"history": [packages.key(item) for item in history]} for history in questions]
-    right = [sides.without.post(POST, body).json["items"] for body in bodies]
+    bodies = [questions.body(questions.history(question)) for question in range(QUESTIONS, QUESTIONS + CHECKED)]
+    right = [sides.without.post(questions.PATH, body).json["items"] for body in bodies]
     for name in ("stalled", "rubbish", "killed"):
         for body in bodies:
-            sides.cached.post(POST, body)  # so that the nodes hold it
+            sides.cached.post(questions.PATH, body)  # so that the nodes hold it
         spoil(sides, name)
         fresh = sides.replica(name, 64)
-        histories = zipf(round(RATE_RPS * SECONDS), 20)
-        plain = asked(sides.without, histories, RATE_RPS, 5)
-        seen = asked(fresh, histories, RATE_RPS, 5)
-        given = [fresh.post(POST, body) for body in bodies]
-        failed = len(histories) - seen.statuses.get(200, 0) + sum(reply.status != 200 for reply in given)
+        requests = questions.zipf(round(RATE_RPS * SECONDS), QUESTIONS, 20)
+        plain = asked(sides.without, requests, RATE_RPS, 5)
+        seen = asked(fresh, requests, RATE_RPS, 5)
+        given = [fresh.post(questions.PATH, body) for body in bodies]
+        failed = len(requests) - seen.statuses.get(200, 0) + sum(reply.status != 200 for reply in given)
         wrong = sum(r.status == 200 and not same(r.json["items"], items) for r, items in zip(given, right, strict=True))
         heal(sides, name)
         off, on = plain.quantile_ms(0.99), seen.quantile_ms(0.99)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -30,8 +31,13 @@ class Claim:
     reached: bool
 
 
-def tell(title: str, command: str, claims: Sequence[Claim], file: Path | None) -> None:
-    """Print the claims as a table, with the command that made it, and write them as JSON if `file` is given."""
+def tell(
+    title: str, command: str, claims: Sequence[Claim], file: Path | None, beside: Mapping[str, Any] | None = None
+) -> None:
+    """Print the claims as a table, with the command that made it, and write them as JSON if `file` is given.
+
+    What a plot was drawn from goes into the file `beside` them.
+    """
     table = Table("claim", "published", "baseline here", "ours here", "ratio", "reached", title=title, caption=command)
     for row in claims:
         ratio, reached = "" if math.isnan(row.ratio) else f"{row.ratio:.2f}", "yes" if row.reached else "no"
@@ -40,5 +46,5 @@ def tell(title: str, command: str, claims: Sequence[Claim], file: Path | None) -
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         rows = [asdict(row) | ({"ratio": None} if math.isnan(row.ratio) else {}) for row in claims]
-        text = json.dumps({"command": command, "claims": rows}, indent=2)
+        text = json.dumps({"command": command, "claims": rows, **(beside or {})}, indent=2)
         file.write_text(text + "\n")

@@ -85,11 +85,16 @@ class Running:
         """Processor time that it and its children used so far."""
         return sum(_cpu_s(pid) for pid in _family(self.pid))
 
+    def metrics(self) -> dict[str, float]:
+        """Every series of ours with its value now."""
+        with urllib.request.urlopen(f"http://{HOST}:{self.port}/metrics", timeout=10) as answer:
+            lines = (line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
+            return {series: float(value) for series, value in lines}
+
     def batches(self) -> tuple[float, float]:
         """Samples and runs of the engine so far, of ours."""
-        with urllib.request.urlopen(f"http://{HOST}:{self.port}/metrics", timeout=10) as answer:
-            lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
-        return float(lines["slipway_batch_size_sum"]), float(lines["slipway_batch_size_count"])
+        found = self.metrics()
+        return found["slipway_batch_size_sum"], found["slipway_batch_size_count"]
 
 
 @contextmanager

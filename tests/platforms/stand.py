@@ -53,11 +53,14 @@ def samples(count: int = 200) -> list[Sample]:
     ]
 
 
-def publish(version: str, seed: int | None = None) -> Path:
-    """Put a tiny ranker where `tracking.fetch` keeps its copy of a version; give the copy's folder."""
+def publish(version: str, seed: int | None = None, package: Path | None = None) -> Path:
+    """Put a ranker, tiny unless one is given, where `tracking.fetch` keeps its copy of a version; give the folder."""
     place = config.home() / "models" / "ranker" / version
     if not place.exists():
-        packages.seal(place / "package", seed=int(version) if seed is None else seed)
+        if package:
+            shutil.copytree(package, place / "package")
+        else:
+            packages.seal(place / "package", seed=int(version) if seed is None else seed)
         (place / "replay.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples()))
         checksums = {"content": artifacts.sha256(place / "package"), "replay": artifacts.sha256(place / "replay.jsonl")}
         artifacts.write_json(place / "version.json", checksums)

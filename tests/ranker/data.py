@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.serving import packages
+
 
 def write(folder: Path, users: Sequence[Sequence[int]], items: int | None = None) -> Path:
-    """Write the columns of `slipway.workloads.ranker.sequences`; item i has the key `item-i`, user u `user-u`."""
+    """Write the columns of `slipway.workloads.ranker.sequences`; item i has `packages.key(i)`, user u `user-u`."""
     folder.mkdir(parents=True, exist_ok=True)
     flat = np.array([item for user in users for item in user], dtype=np.int32)
     count = items or int(flat.max())
@@ -21,7 +23,7 @@ def write(folder: Path, users: Sequence[Sequence[int]], items: int | None = None
     events = np.bincount(flat, minlength=count + 1)[1:]
     pq.write_table(pa.table({"key": [f"user-{u}" for u in range(len(users))]}), folder / "users.parquet")
     pq.write_table(
-        pa.table({"key": [f"item-{i}" for i in range(1, count + 1)], "events": events}), folder / "items.parquet"
+        pa.table({"key": [packages.key(i) for i in range(1, count + 1)], "events": events}), folder / "items.parquet"
     )
     meta = {"source": "lists", "events": len(flat), "users": len(users), "items": count}
     (folder / "meta.json").write_text(json.dumps(meta))

@@ -179,7 +179,7 @@ def test_the_full_metric_is_that_of_a_naive_ranking(tmp_path: Path) -> None:
     users = data.steps(users=30, items=ITEMS, seed=1, shortest=4, longest=10)
     folder = data.write(tmp_path, users, items=ITEMS)
     (folder / "items.json").write_text(
-        '{"max_length": 12, "keys": [' + ", ".join(f'"item-{i}"' for i in range(1, ITEMS + 1)) + "]}"
+        '{"max_length": 12, "keys": [' + ", ".join(f'"item{i}"' for i in range(1, ITEMS + 1)) + "]}"
     )
     samples = scoring.samples(folder, "test", 0, 0)
     found = scoring.score(FP32, samples, folder)
