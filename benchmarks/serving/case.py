@@ -189,7 +189,7 @@ class Version:
 
 def searched(versions: Sequence[Version]) -> tuple[list[float], dict[str, list[Point]]]:
     """Find the highest rate of each version (requests/s), and what was seen on the way."""
-    seeking = [_Search() for _ in versions]
+    seeking = [Search() for _ in versions]
     step = 1
     while any(not each.over for each in seeking):
         step += 1
@@ -200,7 +200,7 @@ def searched(versions: Sequence[Version]) -> tuple[list[float], dict[str, list[P
     return [each.low_rps for each in seeking], told
 
 
-class _Search:
+class Search:
     """Doubles the rate until it is too high, then halves what lies between the highest good and the lowest bad rate."""
 
     def __init__(self) -> None:
