@@ -181,6 +181,7 @@ def _metrics(reports: Path) -> Table:
 def _places(params: Params, airflow: Airflow, may_show_password: bool) -> Table:
     secret = artifacts.read_json(_password_file())[USER] if may_show_password else f"in {_password_file()}"
     table = Table("where", "address", Column("login", overflow="fold"), title="\nLook around", **LOOK)
+    table.add_row("live page", f"http://127.0.0.1:{params.stack.page_port}", "none: loopback only")
     table.add_row("Airflow", airflow.url, f"user {USER}, password {secret}")
     table.add_row("MLflow", f"http://127.0.0.1:{params.stack.mlflow_port}", "none: loopback only")
     table.add_row("Prometheus", f"http://127.0.0.1:{params.stack.prometheus_port}", "none: loopback only")

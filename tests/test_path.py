@@ -100,6 +100,7 @@ def test_a_model_is_promoted_and_a_bad_one_is_rolled_back_through_airflow(clone:
     demo = run(clone, "slipway.demo")
     assert demo.returncode == 0, f"{demo.stdout[-4000:]}\n{demo.stderr[-4000:]}"
     assert "The bad model was rolled back: online metric" in demo.stdout
+    assert f"http://127.0.0.1:{params.stack.page_port} " in demo.stdout.split("Look around")[1], "no live page"
     assert " 0 of " in demo.stdout.split("to zero traffic;")[1], "a user's request failed"
 
     answer = recommend(params, ["i3", "i4", "i5"])
