@@ -129,6 +129,14 @@ REPLICAS = Board(
             ],
         ),
         (
+            "Cache",
+            [
+                Panel("Answers by level", "percentunit", [("cache:lookups:ratio15s", "{{level}}")]),
+                Panel("Look-ups, P99 by level", "s", [("cache:lookup_seconds:p99", "{{level}}")]),
+                Panel("Nodes left alone", "short", [("max by (level) (slipway_cache_nodes_away)", "{{level}}")]),
+            ],
+        ),
+        (
             "Model",
             [
                 Panel("Drift of scores (PSI)", "short", [("version:score_drift:psi5m", "{{version}}")]),

@@ -19,7 +19,7 @@ SPAN_S, STEP_S = 300, 2
 WEIGHT = "slipway_gateway_canary_weight"
 LINES = f'{{__name__=~"track:requests:rate15s|track:request_seconds:p99|track:failed_requests:ratio15s|{WEIGHT}"}}'
 VALUES = (
-    '{__name__=~"version:.+|class:requests:rate15s|replica:requests:rate15s|cache:lookups:ratio15s'
+    '{__name__=~"version:.+|class:requests:rate15s|replica:requests:rate15s|cache:lookups:ratio15s|cache:lookup_seconds:mean15s'
     '|slipway_gateway_pool_.+|slipway_queue_length|slipway_program_.+|process_resident_memory_bytes|up"}'
 )
 EVENTS = 4
@@ -64,10 +64,7 @@ def view(facts: Facts, params: Params) -> dict[str, Any]:
         "classes": {s.labels["class"]: _finite(s.value) for s in _of(facts, "class:requests:rate15s")},
         "replicas": _replicas(facts, track_of),
         "versions": _versions(facts, track_of),
-        "cache": [
-            {"level": s.labels.get("level", ""), "share": _finite(s.value)}
-            for s in _of(facts, "cache:lookups:ratio15s")
-        ],
+        "cache": _cache(facts),
         "pools": _pools(facts),
         "release": release(facts.events, routing, params.canary.step_weights, facts.at_work),
         "alerts": sorted(map(_alert, facts.alerts), key=lambda a: (a["state"] != "firing", a["severity"], a["name"])),
@@ -155,6 +152,11 @@ def _versions(facts: Facts, track_of: Mapping[str, str]) -> list[dict[str, Any]]
         {"version": version, "track": track_of.get(version)} | {key: found[key].get(version) for key in found}
         for version in ranked
     ]
+
+
+def _cache(facts: Facts) -> list[dict[str, Any]]:
+    shares, seconds = (_by(facts, f"cache:{what}", "level") for what in ("lookups:ratio15s", "lookup_seconds:mean15s"))
+    return [{"level": level, "share": share, "lookup_s": seconds.get(level)} for level, share in shares.items()]
 
 
 def _pools(facts: Facts) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ SECONDS = (
     *(0.1, 0.11, 0.125, 0.15, 0.175, 0.2, 0.25, 0.35, 0.5, 1.0, 2.5, 5.0, 10.0),
 )
 ENGINE_SECONDS = (0.0001, 0.00025, *SECONDS)
+CACHE_SECONDS = (0.000005, 0.00001, 0.000025, 0.00005, *ENGINE_SECONDS)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -143,6 +144,10 @@ class CacheMetrics:
             registry=registry,
         )
         self._found = {level: found.labels(level).inc for level in ("memory", "redis", "distributed", "none", "stale")}
+        seconds = Histogram(
+            "slipway_cache_seconds", "One look-up in a level.", ["level"], buckets=CACHE_SECONDS, registry=registry
+        )
+        self._seconds = {level: seconds.labels(level).observe for level in ("memory", "redis", "distributed")}
         shared = Counter("slipway_cache_coalesced_total", "Requests that shared an equal one's run.", registry=registry)
         self.coalesced = shared.inc
         errors = Counter("slipway_cache_errors_total", "Calls of a node that failed.", ["level"], registry=registry)
@@ -157,6 +162,10 @@ class CacheMetrics:
     def found(self, level: str) -> None:
         """An answer came from a level."""
         self._found[level]()
+
+    def looked(self, level: str, seconds: float) -> None:
+        """A look-up in a level took so long."""
+        self._seconds[level](seconds)
 
     def failed(self, level: str) -> None:
         """A call of a node failed."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -39,6 +40,8 @@ class Route(NamedTuple):
     """Type of the answer's content."""
     parameters: tuple[Schema, ...] = ()
     """Headers and query, each an OpenAPI parameter."""
+    headers: Schema = MappingProxyType({})
+    """Of the answer, by name, each an OpenAPI header."""
 
 
 class Error(msgspec.Struct):
@@ -89,6 +92,8 @@ def _operation(route: Route, schemas: Mapping[type, Schema]) -> Schema:
             "5XX": {"$ref": "#/components/responses/Failed"},
         },
     }
+    if route.headers:
+        operation["responses"][str(route.status)]["headers"] = route.headers
     if route.parameters:
         operation["parameters"] = list(route.parameters)
     if route.body is not None:

@@ -1,6 +1,7 @@
 """Whether what the model answers drifts: how its scores spread over the deciles that they had when it was sealed.
 
-A sample's score is the largest value of the last output that its endpoint reads. The package bears the nine deciles of
+A sample's score is the largest value of the last output that its endpoint reads. A kept answer bears its tenth, so that
+each answer counts, wherever it came from. The package bears the nine deciles of
 held-out requests; the replica counts which tenth a score falls into. Rules sum the counts over the replicas and compare
 them with a tenth each by the population stability index: under .1 nothing, over .25 the users or the data are others.
 
@@ -51,8 +52,16 @@ class Watch:
         self._bounds, self._output, self._count = bounds, output, count
         self._turn = 0
 
-    def see(self, outputs: Tensors) -> None:
-        """Look at one answer, each `EVERY` times."""
+    def due(self) -> bool:
+        """Whether this answer is to be counted: each `EVERY`th is."""
         self._turn += 1
-        if self._turn % EVERY == 0 and self._bounds:
-            self._count[bisect_left(self._bounds, float(outputs[self._output].max()))]()
+        return self._turn % EVERY == 0 and bool(self._bounds)
+
+    def tenth(self, outputs: Tensors) -> int:
+        """Which tenth an answer's score falls into (0..9); -1 without deciles."""
+        return bisect_left(self._bounds, float(outputs[self._output].max())) if self._bounds else -1
+
+    def count(self, tenth: int) -> None:
+        """Count one answer; -1 is none."""
+        if tenth >= 0:
+            self._count[tenth]()

@@ -31,6 +31,7 @@ from slipway.errors import DeadlineError, OverloadError, RequestError, Transient
 from slipway.serving import openapi, protocol
 from slipway.serving.batching import Batcher
 from slipway.serving.cache import Cache
+from slipway.serving.cache.cache import LEVELS, NONE, STALE
 from slipway.serving.cache.entry import Entry
 from slipway.serving.edge import Request, Response
 from slipway.serving.feedback import Memory, Shown
@@ -93,6 +94,12 @@ DEAD_S = 0.2
 """A dead engine is looked for this often."""
 DEADLINE = "Milliseconds that the client waits, if fewer than usual; what cannot be answered in them gets 504 at once."
 POSITIVE = {"type": "number", "exclusiveMinimum": 0}
+FRESH = "`no-cache`: the model is asked, whatever is kept."
+LEVEL = (
+    "Where the answer came from; none: the model, stale: an old answer, for the model has none. Absent without a cache."
+)
+CACHED = {"X-Slipway-Cache": {"description": LEVEL, "schema": {"enum": [*LEVELS, NONE, STALE]}}}
+"""What is told of the cache, by the header of the answer."""
 
 
 def answered(answer: type, name: str = "Answer", **more: Any) -> type:
@@ -173,6 +180,7 @@ class App:
         self._metrics.name(own)
         about = model.name
         deadline = ({"name": "X-Deadline-Ms", "in": "header", "description": DEADLINE, "schema": POSITIVE},)
+        fresh = {"name": "Cache-Control", "in": "header", "description": FRESH, "schema": {"type": "string"}}
         infer, inferred = protocol.schemas(package.inputs, package.outputs, self._params.max_batch)
         html = {"type": "string"}
         routes = {
@@ -183,7 +191,8 @@ class App:
                     f"Ask the {about}",
                     answered(endpoint.answer),
                     endpoint.request,
-                    parameters=deadline,
+                    parameters=(*deadline, fresh),
+                    headers=CACHED,
                 )
             },
             "/v1/feedback": {
@@ -203,6 +212,8 @@ class App:
             more = personal.routes(self._state, endpoint, answer, self._personal, self._json)
             for name in personal.LABELS:
                 self._metrics.name(name)
+            ask = more[endpoint.path]["GET"]
+            more[endpoint.path]["GET"] = ask._replace(parameters=(*ask.parameters, *deadline, fresh), headers=CACHED)
             routes |= {path: {**routes.get(path, {}), **methods} for path, methods in more.items()}
         return routes
 
@@ -334,11 +345,14 @@ class App:
         model = self._served()
         endpoint = model.endpoint
 
+        counts = self._scores.due()
+        wanted = counts or self._cache is not None
+
         async def ask() -> Entry:
             (outputs,) = await self._submit([Sample(query, endpoint.outputs)], deadline)
-            self._scores.see(outputs)
             answer = endpoint.encode(query, outputs)
-            return Entry(_encode(answer), endpoint.shown(answer))
+            tenth = self._scores.tenth(outputs) if wanted else -1
+            return Entry(_encode(answer), endpoint.shown(answer), tenth=tenth)
 
         headers: tuple[tuple[bytes, bytes], ...] = JSON
         if self._cache is None:
@@ -347,6 +361,8 @@ class App:
             fresh = b"no-cache" in (request.header(b"cache-control") or b"")
             entry, level = await self._cache.get(query, ask, deadline, fresh)
             headers = (*JSON, (b"x-slipway-cache", level.encode()))
+        if counts:
+            self._scores.count(entry.tenth)
         request_id = next(_NAMES)
         if self._memory is not None:
             self._memory.keep(request_id, Shown(model.version, entry.shown))

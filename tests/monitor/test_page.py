@@ -115,10 +115,14 @@ def test_pools_and_levels_of_the_cache_are_shown_where_there_are_any() -> None:
         Sample("slipway_gateway_pool_replicas", {**pool, "state": "out"}, 1),
         Sample("cache:lookups:ratio15s", {"level": "memory"}, 0.9),
         Sample("cache:lookups:ratio15s", {"level": "redis"}, float("nan")),
+        Sample("cache:lookup_seconds:mean15s", {"level": "redis"}, 0.0002),
     ]
     shown = view.view(view.Facts(times=[0, 2], values=values), Params())
     assert shown["pools"] == [{"name": "cpu", "weight": 0.75, "ready": 2, "replicas": 3, "price_per_hour": 0.4}]
-    assert shown["cache"] == [{"level": "memory", "share": 0.9}, {"level": "redis", "share": None}]
+    assert shown["cache"] == [
+        {"level": "memory", "share": 0.9, "lookup_s": None},
+        {"level": "redis", "share": None, "lookup_s": 0.0002},
+    ]
     assert shown["tracks"]["champion"]["rate"] == [None, None]
     json.dumps(shown, allow_nan=False)
 

@@ -8,6 +8,7 @@ import os
 import signal
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from slipway.serving.cache.entry import Entry, key_of, seal, unseal
 from slipway.serving.cache.memory import Memory
 from slipway.serving.cache.nodes import PREFIX, owner
 from slipway.serving.metrics import Metrics
+from slipway.serving.scores import EVERY
 from slipway.workloads.base import Query
 from tests.conftest import needs
 from tests.serving.conftest import PARAMS, Replica, Start
@@ -172,6 +174,20 @@ def test_an_old_answer_stands_in_for_an_engine_that_fails_and_not_for_ever() -> 
             assert (await cache.get(query(1), ask, 1.0))[0].body == b'{"a":1}'
 
     asyncio.run(run())
+
+
+def test_kept_answers_count_for_the_drift_of_scores_and_say_where_they_came_from(start: Start) -> None:
+    replica = start(SLIPWAY_SERVE=CACHED)
+    replica.wait_until_ready()
+    tenths = [f'slipway_scores_total{{tenth="{tenth}"}}' for tenth in range(1, 11)]
+    before = [replica.metric(tenth) for tenth in tenths]
+    told = [replica.post("/v1/recommend", {"history": [key(3)]}).headers["x-slipway-cache"] for _ in range(8 * EVERY)]
+    assert Counter(told) == {"none": 1, "memory": 8 * EVERY - 1}
+    after = [replica.metric(tenth) for tenth in tenths]
+    assert sorted(b - a for a, b in zip(before, after, strict=True))[-2:] == [0, 8]  # all of them in one tenth
+    assert replica.metric('slipway_cache_seconds_count{level="memory"}') >= 8 * EVERY
+    described = replica.get("/openapi.json").json["paths"]["/v1/recommend"]["post"]["responses"]["200"]["headers"]
+    assert set(told) <= set(described["X-Slipway-Cache"]["schema"]["enum"])
 
 
 @pytest.fixture

@@ -32,7 +32,8 @@ def test_the_scores_of_like_requests_fall_into_each_tenth_alike(endpoint: Ranker
     watch = scores.Watch(bounds, "scores", [lambda tenth=tenth: seen.update([tenth]) for tenth in range(10)])  # type: ignore[misc]
     for query in queries(4000):
         (rows,) = engine.run(endpoint.collate([query]), ["scores"])
-        watch.see({"scores": rows[0]})
+        if watch.due():
+            watch.count(watch.tenth({"scores": rows[0]}))
     assert sum(seen.values()) == 4000 // scores.EVERY
     assert min(seen.values()) > 20, seen  # 50 each, give or take
     assert max(seen.values()) < 90, seen
@@ -44,4 +45,6 @@ def test_scores_that_are_all_alike_are_not_watched(endpoint: RankerEndpoint) -> 
 
     assert scores.deciles(endpoint, run, [Query({"history": np.array([1])}, {})]) == ()
     assert scores.deciles(endpoint, run, []) == ()
-    scores.Watch((), "scores", ()).see({"scores": np.ones(3)})
+    watch = scores.Watch((), "scores", ())
+    assert not any(watch.due() for _ in range(2 * scores.EVERY))
+    watch.count(watch.tenth({"scores": np.ones(3)}))

@@ -30,6 +30,9 @@ Answer = tuple[Entry, str]
 class Observer(nodes.Observer, Protocol):
     """Who wants to know how it goes."""
 
+    def looked(self, level: str, seconds: float) -> None:
+        """A look-up in a level took so long, whatever it found."""
+
     def found(self, level: str) -> None:
         """An answer came from a level, or from none."""
 
@@ -81,7 +84,9 @@ class Cache:
             return await ask(), NONE
         if fresh:
             return self._keep(key, await ask()), NONE
+        began = time.perf_counter()
         entry = self.memory.get(key)
+        self._observer.looked(MEMORY, time.perf_counter() - began)
         if entry is not None and entry.fresh_until > time.time():
             self._observer.found(MEMORY)
             return entry, MEMORY
@@ -120,7 +125,9 @@ class Cache:
 
     async def _look(self, key: bytes, old: Entry | None, ask: Ask) -> Answer:
         for at, level in enumerate(self._outer):
+            began = time.perf_counter()
             entry = unseal(key, await level.get(key))
+            self._observer.looked(level.level, time.perf_counter() - began)
             if entry is None:
                 continue
             if entry.fresh_until > time.time():

@@ -36,6 +36,8 @@ class Entry(msgspec.Struct, array_like=True, frozen=True):
     """What of it feedback may name."""
     fresh_until: float = 0.0
     """Unix time; after it the answer is given only where there is no better one."""
+    tenth: int = -1
+    """Which tenth of the sealed model's scores its own falls into (0..9); -1: not known."""
 
 
 _DECODER = msgspec.msgpack.Decoder(Entry)
