@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from slipway.errors import TransientError
 from slipway.serving.cache import Cache
 from slipway.serving.cache.entry import Entry, key_of, seal, unseal
 from slipway.serving.cache.memory import Memory
-from slipway.serving.cache.nodes import PREFIX, owner
+from slipway.serving.cache.nodes import PREFIX, Nodes, owner
 from slipway.serving.metrics import Metrics
+from slipway.serving.redis import TIMEOUT_S
 from slipway.serving.scores import EVERY
 from slipway.workloads.base import Query
-from tests.conftest import needs
+from tests.conftest import needs, until
 from tests.serving.conftest import PARAMS, Replica, Start
 from tests.serving.packages import key
 from tests.serving.test_feedback import Store
@@ -190,6 +191,31 @@ def test_kept_answers_count_for_the_drift_of_scores_and_say_where_they_came_from
     assert set(told) <= set(described["X-Slipway-Cache"]["schema"]["enum"])
 
 
+def test_what_was_kept_at_once_does_not_age_at_once_nor_for_ever() -> None:
+    async def run() -> None:
+        async def ask() -> Entry:
+            return Entry(b"{}", ())
+
+        cache, now = make(ttl_s=100), time.time()
+        kept = [(await cache.get(query(number), ask, 1.0))[0].fresh_until - now for number in range(200)]
+        late = time.time() - now
+        assert min(kept) >= 90
+        assert max(kept) <= 110 + late
+        assert max(kept) - min(kept) > 10
+
+        cache.memory.put(key_of(b"ranker/1\0", query(0)), Entry(b"{}", (), time.time() - 1))
+        assert (await cache.get(query(0), ask, 1.0))[1] == "none"
+
+    asyncio.run(run())
+
+
+def test_a_large_answer_lies_compressed_in_redis_and_a_small_one_as_it_is() -> None:
+    small, large = Entry(b'{"a":1}', ()), Entry(b'{"item":"numpy","score":1.5}' * 200, ())
+    sealed = [seal(bytes(16), entry) or b"" for entry in (small, large)]
+    assert small.body in sealed[0]
+    assert len(sealed[1]) < len(large.body) / 10
+
+
 @pytest.fixture
 def folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="slipway") as made:
@@ -212,6 +238,85 @@ def levels_of_shared(giver: Replica, taker: Replica, wanted: str) -> set[str]:
         if wanted in levels:
             break
     return levels
+
+
+class Noted:
+    """Notes what a level tells."""
+
+    def __init__(self) -> None:
+        self.errors, self.away, self.looks = 0, 0, Counter[str]()
+
+    def looked(self, level: str, seconds: float) -> None:
+        self.looks[level] += 1
+
+    def found(self, level: str) -> None: ...
+
+    def coalesced(self) -> None: ...
+
+    def dropped(self, level: str) -> None: ...
+
+    def failed(self, level: str) -> None:
+        self.errors += 1
+
+    def opened(self, level: str, change: int) -> None:
+        self.away += change
+
+
+@contextmanager
+def stalled(*stores: Store) -> Iterator[None]:
+    for store in stores:
+        store.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for store in stores:
+            store.process.send_signal(signal.SIGCONT)
+
+
+@needs("redis-server")
+def test_all_look_ups_that_wait_for_a_stalled_node_are_misses_with_its_first_failure(folder: Path) -> None:
+    async def run(store: Store) -> None:
+        noted = Noted()
+        nodes = Nodes("redis", [str(store.socket)], 60, noted)
+        with stalled(store):
+            first = asyncio.create_task(nodes.get(bytes(16)))
+            await asyncio.sleep(TIMEOUT_S / 2)
+            others = [asyncio.create_task(nodes.get(bytes([n]) * 16)) for n in range(1, 9)]
+            await first
+            assert noted.errors == 1
+            await asyncio.sleep(0)
+            assert all(each.done() for each in others)  # though their own 20 ms are not over
+            assert noted.away == 1
+            assert await nodes.get(bytes(16)) is None  # at once: no call is begun
+        await asyncio.to_thread(until, lambda: not noted.away)  # probed in the background
+        await nodes.close()
+
+    store = Store(folder / "node.sock")
+    try:
+        asyncio.run(run(store))
+    finally:
+        store.stop()
+
+
+@needs("redis-server")
+def test_a_request_waits_for_all_levels_together_as_long_as_for_one(folder: Path) -> None:
+    async def run(near: Store, shared: Store) -> None:
+        async def ask() -> Entry:
+            return Entry(b"{}", ())
+
+        noted = Noted()
+        cache = Cache(CacheParams(memory_mb=1), "ranker/1", str(near.socket), [str(shared.socket)], noted)
+        with stalled(near, shared):
+            assert (await cache.get(query(1), ask, 1.0))[1] == "none"
+            assert noted.looks == {"memory": 1, "redis": 1}  # the second level's 20 ms were the first one's
+        await cache.close()
+
+    stores = [Store(folder / f"{name}.sock") for name in ("near", "shared")]
+    try:
+        asyncio.run(run(*stores))
+    finally:
+        for store in stores:
+            store.stop()
 
 
 @needs("redis-server")

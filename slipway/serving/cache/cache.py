@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import msgspec
@@ -16,6 +17,7 @@ from slipway.serving.cache import nodes
 from slipway.serving.cache.entry import MAX_BYTES, Entry, key_of, seal, unseal
 from slipway.serving.cache.memory import Memory
 from slipway.serving.cache.nodes import Nodes
+from slipway.serving.redis import TIMEOUT_S
 from slipway.workloads.base import Query
 
 MEMORY, NONE, STALE = "memory", "none", "stale"
@@ -124,16 +126,10 @@ class Cache:
                     del self._flights[key]
 
     async def _look(self, key: bytes, old: Entry | None, ask: Ask) -> Answer:
-        for at, level in enumerate(self._outer):
-            began = time.perf_counter()
-            entry = unseal(key, await level.get(key))
-            self._observer.looked(level.level, time.perf_counter() - began)
-            if entry is None:
-                continue
-            if entry.fresh_until > time.time():
-                self.memory.put(key, entry)
-                self._write(key, entry, self._outer[:at])
-                return entry, level.level
+        if self._outer:
+            entry, level = await self._outside(key)
+            if entry is not None and entry.fresh_until > time.time():
+                return entry, level
             old = old or entry
         try:
             return self._keep(key, await ask()), NONE
@@ -143,6 +139,24 @@ class Cache:
             if old is None or old.fresh_until + self._params.stale_s < time.time():
                 raise
             return old, STALE
+
+    async def _outside(self, key: bytes) -> tuple[Entry | None, str]:
+        """Look in the levels outside of the process, which have 20 ms together, for their time is a user's."""
+        old: Entry | None = None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(TIMEOUT_S):
+                for at, nodes in enumerate(self._outer):
+                    began = time.perf_counter()
+                    try:
+                        entry = unseal(key, await nodes.get(key))
+                    finally:
+                        self._observer.looked(nodes.level, time.perf_counter() - began)
+                    if entry is not None and entry.fresh_until > time.time():
+                        self.memory.put(key, entry)
+                        self._write(key, entry, self._outer[:at])
+                        return entry, nodes.level
+                    old = old or entry
+        return old, NONE
 
     def _keep(self, key: bytes, entry: Entry) -> Entry:
         if len(entry.body) > MAX_BYTES:

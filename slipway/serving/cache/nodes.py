@@ -4,7 +4,8 @@ A key belongs to the node that scores highest for it (rendezvous hashing, Thaler
 loses 1/N of the keys and moves no other. What requests of one turn of the loop look up goes to a node in one MGET.
 
 A node has 20 ms. One that is late, away or speaks rubbish is left alone until it answers a PING in the background: only
-the requests that met its failure pay for it. Writing goes by a bounded queue and never slows an answer.
+the requests that met its failure pay for it, and with the first failed call all look-ups that wait for it are misses.
+Writing goes by a bounded queue and never slows an answer.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Node:
         self._redis: Any = connect(socket, CONNECTIONS)
         self._keep = self._redis.register_script(KEEP)
         self._wanted: dict[bytes, asyncio.Future[object]] = {}
+        self._asked: set[asyncio.Future[object]] = set()
         self._queue: deque[tuple[bytes, bytes]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._writing = self._open = False
@@ -86,6 +88,7 @@ class Node:
 
     async def _get_all(self) -> None:
         wanted, self._wanted = self._wanted, {}
+        self._asked.update(wanted.values())
         values: Sequence[object] = ()
         try:
             found = await self._call(self._redis.mget([PREFIX + key for key in wanted]))
@@ -94,6 +97,7 @@ class Node:
             elif found is not None:
                 self._fail()
         finally:
+            self._asked.difference_update(wanted.values())
             for future, value in zip(wanted.values(), values or [None] * len(wanted), strict=True):
                 if not future.done():
                     future.set_result(value)
@@ -120,6 +124,9 @@ class Node:
         self._observer.failed(self._level)
         if not self._open:
             self._open = True
+            for future in self._asked:
+                if not future.done():
+                    future.set_result(None)
             self._observer.opened(self._level, 1)
             self._start(self._probe())
 
