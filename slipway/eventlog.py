@@ -17,6 +17,7 @@ event is in the Parquet files exactly once. An event's id is accepted once a use
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import json
@@ -348,13 +349,28 @@ def _without(path: Path, gone: dict[str, int], step: Callable[[str], None]) -> i
     return before - len(table)
 
 
-def main(stdin: IO[str], arguments: Sequence[str]) -> None:
-    """Sweep the log in a folder, as a process of its own, so that a replica never loads Parquet's library.
+HELP = """Turn the journals of users' events into Parquet files, or remove a user from the whole log.
 
-    FOLDER AGE_S sweeps; FOLDER removes the user whose key, as JSON, stands on standard input.
-    """
-    folder = Path(arguments[0])
-    swept = sweep(folder, float(arguments[1])) if arguments[1:] else forget(folder, json.load(stdin))
+Replicas do both by themselves, by this command, so that they never load Parquet's library; where they have none, call
+it from time to time. It may be killed at any moment, and run while replicas write. Prints what it did, as JSON: events
+that are new in the Parquet files, and removed ones."""
+
+
+def main(stdin: IO[str], arguments: Sequence[str]) -> None:
+    """Sweep the log in a folder, or remove a user from it, as a process of its own."""
+    parser = argparse.ArgumentParser(
+        prog="python -m slipway.eventlog", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="the log, such as .slipway/events")
+    parser.add_argument(
+        "age_s",
+        type=float,
+        nargs="?",
+        help="sweep: take closed journals, and open ones that are older and whose replica died (s; serve.rotate_s)",
+    )
+    parser.epilog = "Without age_s the user is removed whose key stands on standard input, as JSON: echo '\"ann\"' | …"
+    given = parser.parse_args(arguments)
+    swept = forget(given.folder, json.load(stdin)) if given.age_s is None else sweep(given.folder, given.age_s)
     print(json.dumps(swept._asdict()))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import io
+import json
 import resource
 import signal
 import tempfile
@@ -154,3 +156,17 @@ def test_only_a_dead_replicas_journal_is_closed_before_its_writer_does(tmp_path:
     assert eventlog.due(tmp_path, 300)
     eventlog.sweep(tmp_path, 300)
     assert logged(tmp_path) == [("ann", "id1")]
+
+
+def test_the_command_tells_what_it_does_and_sweeps_and_removes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        eventlog.main(io.StringIO(), ["--help"])
+    assert "remove a user" in capsys.readouterr().out
+    Journal(tmp_path).write([event("ann", 1), event("bob", 2)])
+    eventlog.main(io.StringIO(), [str(tmp_path), "-10"])
+    assert json.loads(capsys.readouterr().out) == {"events": 2, "removed": 0}
+    eventlog.main(io.StringIO('"ann"'), [str(tmp_path)])
+    assert json.loads(capsys.readouterr().out) == {"events": 0, "removed": 1}
+    assert logged(tmp_path) == [("bob", "id2")]

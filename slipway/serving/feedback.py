@@ -1,7 +1,8 @@
 """What was shown to whom, until the feedback comes: kept in Redis for an hour, so that any replica can look it up.
 
 Keeping must never slow an answer: it only appends to a bounded queue, which one background task writes out,
-many at once. When Redis is away, calls fail within 20 ms, and for a second after a failure none is tried.
+many at once. No answer waits for Redis here, so it has more patience with it than others: on a busy machine 20 ms lost
+a tenth of the feedback and more. When Redis is away, for a second after a failure no call is tried.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from slipway.errors import TransientError
 from slipway.serving.redis import KEEP, Resting
 
 LIFETIME_S: Final = 3600
+PATIENCE_S: Final = 0.2
+"""Longest time of a call: less than the gateway gives a replica, so that feedback itself is told of a stalled Redis."""
 MAX_QUEUED: Final = 10_000
 MAX_AT_ONCE: Final = 256
 USED: Final = b"used"
@@ -41,7 +44,7 @@ class Memory:
 
     def __init__(self, socket: str, forgot: Callable[[int], None]) -> None:
         self._forgot = forgot
-        self._redis = Resting(socket, "feedback cannot be taken now")
+        self._redis = Resting(socket, "feedback cannot be taken now", PATIENCE_S)
         self._keep_all = self._redis.client.register_script(KEEP)
         self._queue: deque[tuple[str, Shown]] = deque()
         self._wake = asyncio.Event()

@@ -1,4 +1,4 @@
-"""Redis as a replica uses it: by a unix socket, and never for long, for no answer may wait for it."""
+"""Redis as a replica uses it: by a unix socket, and never for long, for answers wait for it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ KEEP: Final = "for i, key in ipairs(KEYS) do redis.call('SET', key, ARGV[i + 1],
 in the client."""
 
 
-def connect(socket: str, connections: int = CONNECTIONS) -> Redis:
-    """Make a client that fails within 20 ms."""
+def connect(socket: str, connections: int = CONNECTIONS, timeout_s: float = TIMEOUT_S) -> Redis:
+    """Make a client whose calls fail within `timeout_s`."""
     pool = BlockingConnectionPool(
         max_connections=connections,
-        timeout=TIMEOUT_S,
+        timeout=timeout_s,
         connection_class=UnixDomainSocketConnection,
         path=socket,
-        socket_timeout=TIMEOUT_S,
-        socket_connect_timeout=TIMEOUT_S,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
         retry=Retry(NoBackoff(), 0),  # as it comes, redis-py tries for seconds
     )
     return Redis.from_pool(pool)
@@ -41,10 +41,11 @@ class Resting:
     Args:
         socket: path of its unix socket.
         problem: what cannot be done without it, such as "feedback cannot be taken now".
+        timeout_s: longest time of a call.
     """
 
-    def __init__(self, socket: str, problem: str) -> None:
-        self.client = connect(socket)
+    def __init__(self, socket: str, problem: str, timeout_s: float = TIMEOUT_S) -> None:
+        self.client = connect(socket, timeout_s=timeout_s)
         self._problem = f"{problem}: Redis is away; try again later"
         self._rest_until = 0.0
 
