@@ -281,18 +281,18 @@ def _told(rps: float, used: Used) -> str:
 
 
 def plot(p99_ms: Mapping[str, Sequence[Point]], path: Path) -> None:
-    """Draw P99 against the rate, a line a version: the first and the last in colour, those between in grey."""
+    """Draw P99 against the rate, a line a version: the first and the last in colour, those between in grey.
+
+    Of a rate that was tried twice the better P99 is drawn, as the search judges it.
+    """
     figure, axes = canvas("requests/s offered (open loop)", "P99 (ms)", height=3.9)
     colours = (PALETTE[3], "#b4bfce", "#8291a7", "#475569", PALETTE[2])
     top = 1000.0  # what lies above, or has no P99 because some failed, ends there
     for (name, points), colour in zip(p99_ms.items(), colours, strict=True):
         rates = sorted({rate for rate, _ in points})
-        seen = [[top if ms is None else min(ms, top) for at, ms in points if at == rate] for rate in rates]
+        best = [min(top if ms is None else min(ms, top) for at, ms in points if at == rate) for rate in rates]
         wide = 2.2 if colour in PALETTE else 1.3
-        axes.plot(
-            rates, [statistics.median(each) for each in seen], "o-", color=colour, linewidth=wide, markersize=2 * wide,
-            label=name,
-        )  # fmt: skip
+        axes.plot(rates, best, "o-", color=colour, linewidth=wide, markersize=2 * wide, label=name)
     axes.axhline(1e3 * WITHIN_S, color="#808080", linewidth=0.9, linestyle="--")
     axes.set(xscale="log", yscale="log", ylim=(None, top))
     axes.set_xticks([100, 200, 500, 1000, 2000, 5000], minor=False)
