@@ -169,6 +169,10 @@ def test_the_rendered_configurations_are_valid(home: Path) -> None:
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+    files = [home / "gateway" / "nginx.conf", home / "prometheus" / "prometheus.yml"]
+    before = [file.read_text() for file in files]
+    stack.status(stand.params())  # of other ports: who only looks changes nothing
+    assert [file.read_text() for file in files] == before
 
 
 def test_a_session_of_an_earlier_boot_or_leader_holds_none_of_ours(home: Path) -> None:

@@ -6,7 +6,7 @@ import shutil
 import socket
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from slipway.platforms.local.supervisor import Program
 HOST = "127.0.0.1"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _HEALTH_TIMEOUT_S = 2.0
+NOTHING: Mapping[Path, str] = {}
 _HEAVY_START_S = 600.0  # they import for half a minute of processor time, maybe on a machine that has none to spare
 
 
@@ -37,6 +38,8 @@ class Service:
     """Ports that it listens on, by their key in params.yaml."""
     start_s: float = 20.0
     """Longest time from start to health on a busy machine."""
+    files: Mapping[Path, str] = field(default_factory=dict)
+    """Its configuration, which `up` writes: to describe a program, as the status does, changes nothing."""
     late: bool = False
     """Needed by nobody at first: started after the others are well, and not waited for."""
 
@@ -106,7 +109,6 @@ def _gateway(layout: Layout, checkout: Path, params: Params) -> Service:
     folder = layout.folder("gateway")
     (folder / "temp").mkdir(exist_ok=True)
     file, text = folder / "nginx.conf", gateway.render(layout, checkout, params)
-    artifacts.write_text(file, text)
     nginx = [find("nginx") or "nginx", "-p", f"{folder}/", "-c", str(file), "-e", "stderr"]
     # nginx does not take over a unix socket that a killed one left.
     sockets = [str(layout.gateway_socket), str(layout.inner_socket)]
@@ -123,7 +125,7 @@ def _gateway(layout: Layout, checkout: Path, params: Params) -> Service:
             return False
         return True
 
-    return Service(program, gateway.url(params), healthy, ports)
+    return Service(program, gateway.url(params), healthy, ports, files={file: text})
 
 
 def _prometheus(layout: Layout, checkout: Path, params: Params) -> Service:
@@ -131,24 +133,22 @@ def _prometheus(layout: Layout, checkout: Path, params: Params) -> Service:
     rules = checkout / "infra" / "prometheus" / "rules"
     values = {**params.stack.model_dump(), "targets": layout.targets, "rules": rules}
     text = _template(checkout / "infra" / "prometheus" / "prometheus.yml.j2", values)
-    artifacts.write_text(folder / "prometheus.yml", text)
     command = [find("prometheus") or "prometheus", f"--config.file={folder}/prometheus.yml"]
     command += [f"--storage.tsdb.path={folder}/data", f"--web.listen-address={HOST}:{port}", "--log.level=warn"]
     command += ["--storage.tsdb.retention.time=3d", "--storage.tsdb.retention.size=512MB"]
     program = Program("prometheus", command, folder, _revision(text + artifacts.sha256(rules)))
-    return _web(program, port, "stack.prometheus_port", "/-/ready", start_s=60)
+    return _web(program, port, "stack.prometheus_port", "/-/ready", 60, {folder / "prometheus.yml": text})
 
 
 def _alertmanager(layout: Layout, checkout: Path, params: Params) -> Service:
     folder, port = layout.folder("alertmanager"), params.stack.alertmanager_port
     text = _template(checkout / "infra" / "prometheus" / "alertmanager.yml.j2", params.stack.model_dump())
-    artifacts.write_text(folder / "alertmanager.yml", text)
     command = [find("prometheus-alertmanager") or find("alertmanager") or "alertmanager"]
     command += [f"--config.file={folder}/alertmanager.yml", f"--storage.path={folder}/data", "--log.level=warn"]
     # Without an empty cluster address it listens on all interfaces for others of its kind.
     command += [f"--web.listen-address={HOST}:{port}", "--cluster.listen-address="]
     program = Program("alertmanager", command, folder, _revision(text))
-    return _web(program, port, "stack.alertmanager_port", "/-/ready")
+    return _web(program, port, "stack.alertmanager_port", "/-/ready", files={folder / "alertmanager.yml": text})
 
 
 def _mlflow(layout: Layout, python: str, params: Params) -> Service:
@@ -194,9 +194,11 @@ def _airflow(layout: Layout, checkout: Path, python: str, params: Params) -> lis
     return services
 
 
-def _web(program: Program, port: int, key: str, path: str, start_s: float = 20.0) -> Service:
+def _web(
+    program: Program, port: int, key: str, path: str, start_s: float = 20.0, files: Mapping[Path, str] = NOTHING
+) -> Service:
     url = f"http://{HOST}:{port}"
-    return Service(program, url, lambda: answers(url + path), {key: port}, start_s)
+    return Service(program, url, lambda: answers(url + path), {key: port}, start_s, files)
 
 
 def answers(url: str, timeout_s: float = _HEALTH_TIMEOUT_S) -> bool:

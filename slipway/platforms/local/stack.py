@@ -46,6 +46,8 @@ def up(params: Params, only: Sequence[str] = (), tell: Tell = print) -> None:
         system.require()
         services = programs.all_of(layout, CHECKOUT, sys.executable, params)
         wanted = _select(services, only)
+        for path, text in (file for service in services.values() for file in service.files.items()):
+            artifacts.write_text(path, text)
         text = configuration(layout, [service.program for service in services.values()])
         artifacts.write_text(layout.home / "supervisor" / "supervisord.conf", text)
         supervisor = Supervisor(layout)
