@@ -21,7 +21,7 @@ import torch
 
 from slipway import artifacts
 from slipway.errors import CheckpointError, TransientError
-from slipway.training import checkpoints, loop, order, processes, snapshots, trainer
+from slipway.training import checkpoints, loop, order, precision, processes, snapshots, trainer
 from slipway.workloads.ranker.training import RankerTask
 from tests.conftest import until
 from tests.training.test_loop import MODEL, job, weights
@@ -193,6 +193,8 @@ def test_a_killed_run_goes_on_with_another_number_of_processes_and_sees_every_sa
 
 
 def _some_steps(rank: int, world_size: int, meeting: str, mine: loop.Job, resume: Path | None, steps: int) -> int:
+    if mine.train.precision == "fp16":
+        os.environ[precision.EMULATE] = "1"
     one = trainer.Trainer(rank, world_size, meeting, mine, resume)
     batches = one.task.epoch(0, one.state.ranks)
     for turn in order.turns(len(batches), one.state.seen, rank, world_size)[:steps]:
@@ -224,15 +226,35 @@ def _leaves(name: str, value: object) -> Iterator[tuple[str, torch.Tensor]]:
             yield from _leaves(f"{name}/{at}", inner)
 
 
+SPARSE = {"share": 0.3, "freeze": 0.5, "warmup_steps": 1, "reselect_every": 1}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("zero", "precision", "before", "after"),
-    [(1, "fp32", 2, 1), (2, "bf16", 1, 2), (3, "fp32", 2, 1), (3, "bf16", 1, 2), (0, "fp32", 2, 1)],
+    ("turned", "before", "after"),
+    [
+        ({"zero": 0}, 2, 1),
+        ({"zero": 1}, 2, 1),
+        ({"zero": 2, "precision": "bf16"}, 1, 2),
+        ({"zero": 3}, 2, 1),
+        ({"zero": 3, "precision": "bf16"}, 1, 2),
+        ({"zero": 1, "offload": "cpu"}, 1, 2),
+        ({"zero": 2, "offload": "cpu"}, 2, 1),
+        ({"zero": 3, "offload": "cpu"}, 2, 1),
+        ({"zero": 3, "offload": "disk"}, 1, 2),
+        ({"zero": 0, "precision": "fp16"}, 1, 2),
+        ({"zero": 2, "precision": "fp16"}, 2, 1),
+        ({"zero": 3, "precision": "fp16", "offload": "cpu"}, 2, 1),
+        ({"zero": 0, "sparse": SPARSE}, 2, 1),
+        ({"zero": 0, "sparse": SPARSE}, 1, 2),
+    ],
+    ids=lambda told: "-".join(map(str, told.values())) if isinstance(told, dict) else None,
 )
 def test_weights_and_moments_are_the_same_bits_for_another_number_of_processes(
-    tmp_path: Path, zero: int, precision: str, before: int, after: int
+    tmp_path: Path, turned: dict[str, object], before: int, after: int
 ) -> None:
-    mine = job(tmp_path, zero=zero, precision=precision, world_size=before)
+    mine = job(tmp_path, world_size=before, **turned)
+    mine = replace(mine, model=mine.model.model_copy(update={"blocks": 2}))
     assert processes.run(before, _some_steps, mine, None, 3) == 3 * before
     written = checkpoints.newest(mine.checkpoints)
     assert written is not None
@@ -245,6 +267,7 @@ def test_weights_and_moments_are_the_same_bits_for_another_number_of_processes(
     assert one.keys() == two.keys()
     assert len(one) > 20
     assert all(torch.equal(one[name], two[name]) for name in one)
+    assert processes.run(after, _some_steps, other, again, 2) == 3 * before + 2 * after, "it goes on from there"
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
