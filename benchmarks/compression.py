@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.claims import Claim, tell
 from slipway import config
-from slipway.compression import engine, gate, page, recipes, search
+from slipway.compression import compiled, engine, gate, page, recipes, search
 from slipway.compression.compiled import Torch
 from slipway.config import Params
 from slipway.serving import engines
@@ -49,25 +49,27 @@ class Measured:
 
 
 def measure(params: Params) -> tuple[list[Measured], dict[str, dict[int, float]]]:
-    """Time and score every export of the workspace in every engine, and time torch with and without torch.compile.
+    """Time and score every export of the workspace in every engine that loads ONNX, and time torch, compiled and not.
 
     Returns:
         The measurements, and the medians of torch and torch.compile by batch size.
     """
     export, scoring = part(params.workload, "export").EXPORT(DATA, TRAINED), part(params.workload, "scoring")
-    names = [name for name in engines.KINDS if not engines.absent(name)]
+    names = search.usable("auto")
     made = {
         (path.stem, name): (path.read_bytes(), recipes.FULL if path.stem == "fp32" else recipes.parse(path.stem))
         for path in sorted(EXPORT.glob("*.onnx"))
         for name in names
     }
-    made = {key: each for key, each in made.items() if search.computes(key[1], each[1].precision)}
+    made = {key: each for key, each in made.items() if search.computes(key[1], each[1])}
     runs = {
         f"{recipe} {name}": engine.load(model, f"{recipe}.onnx", 1, name, how.precision)
         for (recipe, name), (model, how) in made.items()
     }
-    torch = {name: Torch(export.module(), compiled) for name, compiled in (("torch", False), ("torch.compile", True))}
-    timed = {**runs, **{name: engine.of(each) for name, each in torch.items()}}
+    torch = {"torch": engine.of(Torch(export.module()))}
+    if not compiled.absent():
+        torch["torch.compile"] = engine.load(compiled.package(export.module(), export.golden()), "fp32", 1, "inductor")
+    timed = {**runs, **torch}
     medians: dict[str, dict[int, float]] = {label: {} for label in timed}
     for batch in search.BATCHES:
         taken = engine.latencies_ms(timed, export.served, export.requests(batch, TIMED, SEED))

@@ -271,8 +271,9 @@ class CompressParams(Section):
     ] = ("int8", "bf16")
     """What is tried beside FP32: int8 (calibrated), qat (INT8, trained), bf16, prune-30 (channels less, in percent),
     distill-30 (pruned, taught by the full model), prune-50-qat, distill-50-int8 and so on; none: FP32 is served."""
-    engine: Literal["auto", "onnxruntime", "openvino", "cuda", "tensorrt", "npu"] = "auto"
-    """What runs the model: auto: the fastest of those that are here, by measurement; or one by its name."""
+    engine: Literal["auto", "all", "onnxruntime", "openvino", "cuda", "tensorrt", "npu", "inductor"] = "auto"
+    """What runs the model: auto: the fastest of those that are here and load ONNX, by measurement; all: inductor
+    (torch.compile, FP32 only) beside them, which compiles for half a minute; or one by its name."""
     max_drop: Share = 0.02
     """Largest loss of the workload's metric on validation data, relative (0..1): overall a smaller one must be shown,
     and no slice may be shown to lose more."""
@@ -352,8 +353,9 @@ class ServeParams(Section):
     """Largest request body; a larger one gets 413 (bytes, 1024 or more)."""
     threads: Count = 1
     """Threads of the engine in one replica (1 or more)."""
-    engine: Literal["auto", "onnxruntime", "openvino", "cuda", "tensorrt", "npu"] = "auto"
-    """What runs the model: an engine, or auto: the one that was the fastest for it when it was sealed."""
+    engine: Literal["auto", "onnxruntime", "openvino", "cuda", "tensorrt", "npu", "inductor"] = "auto"
+    """What runs the model: an engine, or auto: the one that was the fastest for it when it was sealed; inductor, whose
+    model is code, only if it stands here."""
     drain_s: Positive = 10.0
     """Longest time that a stopping replica finishes its requests (s, over 0)."""
     cache: CacheParams = CacheParams()
@@ -405,7 +407,7 @@ class PoolParams(Section):
     """The class of requests that it serves; batch replicas take only processor time that nobody else wants."""
     replicas: Annotated[int, Field(ge=1, le=64)] | None = None
     """Replicas of a version in this pool (1..64)."""
-    engine: Literal["auto", "onnxruntime", "openvino", "cuda", "tensorrt", "npu"] | None = None
+    engine: Literal["auto", "onnxruntime", "openvino", "cuda", "tensorrt", "npu", "inductor"] | None = None
     """As serve.engine."""
     threads: Count | None = None
     """As serve.threads."""

@@ -2,6 +2,7 @@
 
     package.json    what it is: workload, recipe, engine, signature, and the SHA-256 of every other file; written last
     model.onnx      the model, as ONNX whatever the engine
+    model.pt2       of an engine that compiles: its code for one kind of processor
     golden.npz      golden inputs and outputs, `input.NAME` and `output.NAME`: what the model must answer
     ...             whatever the workload's endpoint reads, such as the ranker's items.json
 
@@ -55,6 +56,8 @@ class Package:
     """The engine of `slipway.serving.engines` that was the fastest for it where it was sealed."""
     score_deciles: tuple[float, ...] = ()
     """Nine bounds that part the scores of held-out requests into tenths; none: its drift is not watched."""
+    files: tuple[str, ...] = (MODEL, GOLDEN)
+    """What was sealed, and is as it was."""
 
     @property
     def digest(self) -> str:
@@ -125,6 +128,7 @@ def load(folder: Path) -> Package:
             manifest.get("recipe", manifest["precision"]),
             manifest.get("engine", ENGINE),
             tuple(float(bound) for bound in manifest.get("score_deciles", ())),
+            tuple(files),
         )
     except (DataError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{folder}: not a model package ({error})") from error

@@ -23,7 +23,7 @@ from slipway.compression.recipes import Recipe
 from slipway.compression.search import Form
 from slipway.config import Params
 from slipway.progress import Progress
-from slipway.serving import scores
+from slipway.serving import engines, scores
 from slipway.stage import Report
 from slipway.workloads.base import part
 
@@ -40,8 +40,8 @@ SCORED = 1000  # held-out requests whose scores a replica knows
 
 def run(params: Params, report: Report) -> None:
     """Build, time, score, choose, seal."""
-    names = search.usable(params.compress.engine)
     export, scoring = part(params.workload, "export").EXPORT(DATA, TRAINED), part(params.workload, "scoring")
+    names = search.usable(params.compress.engine, hasattr(export, "module"))
     tried, left_out = _tried(params, names)
     work = config.home() / "compress" / finetune.key(params, TRAINED)
     with Progress("compress", 2 * len(tried) + 4, "steps") as progress:
@@ -68,7 +68,9 @@ def run(params: Params, report: Report) -> None:
                 variants.append(judge.variant(form, found, inputs))
                 progress.advance(step=form.recipe.name)
             choice = pareto.choose(variants, params.compress.min_speedup)
-            _seal(params, export, next(form for form in quickest if form.recipe.name == choice.recipe), beside)
+            chosen = next(form for form in quickest if form.recipe.name == choice.recipe)
+            (beside / package.MODEL).write_bytes(models[chosen.recipe])
+            _seal(params, export, chosen, beside)
         progress.advance(step="sealed")
     told = {
         "workload": params.workload,
@@ -93,9 +95,9 @@ def _tried(params: Params, names: Sequence[str]) -> tuple[list[Recipe], dict[str
     """The recipes that can be tried with these engines, and why the others cannot."""
     asked = [recipes.parse(name) for name in dict.fromkeys(params.compress.recipes)]
     left = {
-        recipe.name: f"none of the engines here ({', '.join(names)}) computes in {recipe.precision}"
+        recipe.name: f"none of the engines here ({', '.join(names)}) takes {recipe.name} in {recipe.precision}"
         for recipe in asked
-        if not any(search.computes(name, recipe.precision) for name in names)
+        if not any(search.computes(name, recipe) for name in names)
     }
     return [recipe for recipe in asked if recipe.name not in left], left
 
@@ -104,7 +106,7 @@ def _seal(params: Params, export: Any, chosen: Form, folder: Path) -> None:
     golden = dict(export.golden())
     names = [spec.name for spec in export.outputs]
     answer = dict(zip(names, chosen.run(names, golden), strict=True))
-    (folder / package.MODEL).write_bytes(chosen.model)
+    (folder / engines.KINDS[chosen.engine].file).write_bytes(chosen.model)
     recipe = chosen.recipe
     package.seal(
         folder,

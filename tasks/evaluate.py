@@ -86,7 +86,7 @@ def run(params: Params, report: Report) -> None:
 def _loaded(path: Path, sealed: Package) -> engine.Run:
     """A model as a function: that of the package in the engine that serves it, any other in ONNX Runtime."""
     if path == sealed.folder / package.MODEL:
-        return engine.of(engines.of(sealed, 1))
+        return engine.of(engines.of(sealed, 1, sealed.engine))  # code, too: compress made it here
     return engine.load(path.read_bytes(), str(path))
 
 

@@ -27,7 +27,7 @@ def measure(model: bytes, on: str, precision: str, inputs: Tensors) -> tuple[int
         ModelError: the process failed.
     """
     with tempfile.TemporaryDirectory(prefix="slipway-memory-") as folder:
-        place, given = Path(folder) / "model.onnx", Path(folder) / "inputs.npz"
+        place, given = Path(folder) / "model", Path(folder) / "inputs.npz"
         place.write_bytes(model)
         np.savez(given, **inputs)  # type: ignore[arg-type]  # the stub takes them for allow_pickle
         command = [sys.executable, "-m", __name__, str(place), str(given), on, precision]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from slipway import package
-from slipway.compression import engine, gate, memory, recipes
+from slipway.compression import compiled, engine, gate, memory, recipes
 from slipway.compression.engine import Run
 from slipway.compression.pareto import Variant
 from slipway.compression.recipes import Recipe
@@ -40,6 +40,7 @@ class Form:
 
     recipe: Recipe
     model: bytes
+    """As the engine loads it."""
     engine: str
     run: Run
     latency_ms: Mapping[int, float]
@@ -50,17 +51,26 @@ class Form:
         return math.prod(self.latency_ms.values()) ** (1 / len(self.latency_ms))
 
 
-def usable(asked: str) -> list[str]:
-    """Engines that are tried: all that are here, or the one that was asked for.
+def usable(asked: str, compiles: bool = True) -> list[str]:
+    """Engines that are tried: those that are here, or the one that was asked for.
+
+    Args:
+        asked: as `compress.engine` says.
+        compiles: whether the workload has a module that can be compiled.
 
     Raises:
         ParamsError: it is not here; says why, what to do, and which are.
     """
-    there = [name for name in engines.KINDS if not engines.absent(name)]
+    missing = {name: engines.absent(name) for name in engines.KINDS}
+    if not missing[engines.COMPILED]:
+        missing[engines.COMPILED] = compiled.absent() if compiles else "the workload has no module to compile"
+    there = [name for name, reason in missing.items() if not reason]
     if asked == "auto":
+        return [name for name in there if name != engines.COMPILED]
+    if asked == "all":
         return there
-    if asked not in there:
-        raise ParamsError(f"params.yaml: compress.engine: {engines.absent(asked)}; here are: auto, {', '.join(there)}")
+    if missing[asked]:
+        raise ParamsError(f"params.yaml: compress.engine: {missing[asked]}; here are: auto, {', '.join(there)}")
     return [asked]
 
 
@@ -73,10 +83,15 @@ def forms(models: Mapping[Recipe, bytes], names: Sequence[str], export: Any, see
         export: the workload's, for requests and the outputs that an ordinary one fetches.
         seed: of the requests.
     """
-    pairs = [(recipe, name) for recipe in models for name in names if computes(name, recipe.precision)]
+    made = {
+        (recipe, name): _compiled(export) if name == engines.COMPILED else model
+        for recipe, model in models.items()
+        for name in names
+        if computes(name, recipe)
+    }
     runs = {
-        f"{recipe.name} in {name}": engine.load(models[recipe], f"{recipe.name}.onnx", 1, name, recipe.precision)
-        for recipe, name in pairs
+        f"{recipe.name} in {name}": engine.load(model, recipe.name, 1, name, recipe.precision)
+        for (recipe, name), model in made.items()
     }
     medians: dict[str, dict[int, float]] = {label: {} for label in runs}
     for batch in BATCHES:
@@ -84,14 +99,21 @@ def forms(models: Mapping[Recipe, bytes], names: Sequence[str], export: Any, see
         for label, values in taken.items():
             medians[label][batch] = round(float(np.median(values)), 4)
     return [
-        Form(recipe, models[recipe], name, run, medians[label])
-        for (recipe, name), (label, run) in zip(pairs, runs.items(), strict=True)
+        Form(recipe, model, name, run, medians[label])
+        for ((recipe, name), model), (label, run) in zip(made.items(), runs.items(), strict=True)
     ]
 
 
-def computes(name: str, precision: str) -> bool:
-    """Whether an engine has a precision: all have fp32 and int8; bf16 is OpenVINO's."""
-    return precision != "bf16" or name in ("openvino", "npu")
+def _compiled(export: Any) -> bytes:
+    # The golden inputs, because no dimension of theirs is 1 and no two are equal.
+    return compiled.package(export.module(), export.golden())
+
+
+def computes(name: str, recipe: Recipe) -> bool:
+    """Whether an engine takes a recipe: all take fp32 and int8, bf16 is OpenVINO's; what is compiled is FP32 itself."""
+    if name == engines.COMPILED:
+        return recipe == recipes.FULL
+    return recipe.precision != "bf16" or name in ("openvino", "npu")
 
 
 def fastest(found: Sequence[Form]) -> list[Form]:

@@ -1,6 +1,7 @@
 """The engines that run a model, and the proof that one runs it right: the package's golden outputs.
 
-Compression and the replica share them: what was measured there is what serves here. A model is ONNX for all of them.
+Compression and the replica share them: what was measured there is what serves here. A model is ONNX for all of them but
+Inductor, whose packages hold it in both forms.
 """
 
 # B batch
@@ -20,11 +21,12 @@ import onnxruntime
 from slipway import package as packages
 from slipway.errors import ModelError
 from slipway.package import Package
+from slipway.serving import inductor
 from slipway.workloads.base import Array, Tensors
 
 log = logging.getLogger(__name__)
 
-TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "inductor": "torch.compile"}
 
 MAX_DEVIATION = {"fp32": 0.01, "bf16": 0.05, "int8": 0.1}
 """Mean deviation from the golden floats, in standard deviations of theirs. INT8 kernels round and saturate differently
@@ -55,7 +57,7 @@ class Source:
     """A serialised model, and what an engine has to know to run it."""
 
     model: Path | bytes
-    """As ONNX: a file, or its bytes."""
+    """As ONNX, or what the engine takes in its place: a file, or its bytes."""
     label: str
     """What errors call it."""
     precision: str = "fp32"
@@ -120,6 +122,11 @@ class OpenVino:
             return [np.asarray(found[name]) for name in outputs]
 
 
+def _inductor(source: Source, _name: str, _device: str) -> Engine:
+    """torch.compile's code, in torch."""
+    return inductor.Inductor(source.model, source.threads)
+
+
 @dataclass(frozen=True)
 class Kind:
     """An engine that there may be, by the name that params and packages call it."""
@@ -129,6 +136,8 @@ class Kind:
     """The execution provider or device."""
     remedy: str
     """What to do where it is absent."""
+    file: str = packages.MODEL
+    """What it loads of a package."""
 
 
 _GPU = "install onnxruntime-gpu in place of onnxruntime, on a machine with an NVIDIA device"
@@ -138,7 +147,10 @@ KINDS: Mapping[str, Kind] = {
     "cuda": Kind(OnnxRuntime, "CUDAExecutionProvider", _GPU),
     "tensorrt": Kind(OnnxRuntime, "TensorrtExecutionProvider", _GPU + " and TensorRT"),
     "npu": Kind(OpenVino, "NPU", "pip install 'slipway[openvino]', on a machine with an NPU and its driver"),
+    "inductor": Kind(_inductor, "cpu", "pip install the torch that the model was compiled by", inductor.FILE),
 }
+COMPILED = "inductor"
+"""The engine whose model is code: it runs where it is asked for by its name, never because a package names it."""
 
 
 def absent(name: str) -> str:
@@ -147,12 +159,24 @@ def absent(name: str) -> str:
     if kind is None:
         return f"there is no engine {name}; there are: {', '.join(KINDS)}"
     try:
-        there = _openvino().available_devices if kind.make is OpenVino else onnxruntime.get_available_providers()
+        there = _targets(kind)
     except ImportError as error:
         return f"{name} is not here ({error}): {kind.remedy}"
     if kind.target in there:
         return ""
     return f"{name} is not here (no {kind.target} among {', '.join(there)}): {kind.remedy}"
+
+
+def _targets(kind: Kind) -> Sequence[str]:
+    """Devices or execution providers that an engine's library finds."""
+    if kind.make is _inductor:
+        if missing := inductor.absent():
+            raise ImportError(missing)
+        return [kind.target]
+    devices: Sequence[str] = (
+        _openvino().available_devices if kind.make is OpenVino else onnxruntime.get_available_providers()
+    )
+    return devices
 
 
 def make(name: str, source: Source) -> Engine:
@@ -172,23 +196,36 @@ def make(name: str, source: Source) -> Engine:
 
 
 def of(package: Package, threads: int, wanted: str = "auto") -> Engine:
-    """Load a package into the engine that is wanted, or it was sealed for; into ONNX Runtime where that one is not.
+    """Load a package into the engine that is wanted, else that it was sealed for, else ONNX Runtime.
+
+    What only a package asks for is data: code, `COMPILED`, is run where it is wanted.
 
     Raises:
         ModelError: the engine cannot load it, or it has not the inputs and outputs that its manifest declares.
     """
-    name = package.engine if wanted == "auto" else wanted
-    missing = absent(name)
-    if missing:
-        log.warning("%s: %s; ONNX Runtime serves it", package.folder, missing)
-        name = packages.ENGINE
-    path = package.folder / packages.MODEL
+    for name in dict.fromkeys([wanted, package.engine, packages.ENGINE]):
+        if name != "auto":
+            reason = _unfit(name, package, wanted)
+            if not reason:
+                break
+            log.warning("%s: %s; another engine serves it", package.folder, reason)
+    path = package.folder / KINDS[name].file
     made = make(name, Source(path, str(path), package.precision, threads))
     declared = {spec.name for spec in (*package.inputs, *package.outputs)}
     found = {*made.inputs, *made.outputs}
     if not declared <= found:
         raise ModelError(f"{path}: has no {', '.join(sorted(declared - found))}, which its manifest declares")
     return made
+
+
+def _unfit(name: str, package: Package, wanted: str) -> str:
+    """Say why an engine does not serve a package; nothing if it may."""
+    if name == COMPILED and wanted != COMPILED:
+        return f"it was sealed for {name}, whose model is code: it runs where serve.engine is {name}"
+    if missing := absent(name):
+        return missing
+    file = KINDS[name].file
+    return "" if file in package.files else f"has no {file}, which {name} runs: it was sealed for {package.engine}"
 
 
 def verify(engine: Runs, package: Package) -> None:

@@ -135,6 +135,6 @@ def test_a_recipe_goes_through_the_training_loop_once_and_leaves_a_smaller_model
 def test_torch_is_an_engine_that_answers_as_onnx_runtime_does(export: Export) -> None:
     inputs = export.requests(3, 1, 0)[0]
     names = ["probabilities", "logits"]
-    ours = Torch(export.module(), compiled=False).run(inputs, names)
+    ours = Torch(export.module()).run(inputs, names)
     for mine, theirs in zip(ours, engine.load(export.fp32(), "fp32")(names, inputs), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-3)

@@ -56,7 +56,9 @@ def test_nothing_that_a_replica_imports_loads_code_from_a_file() -> None:
         body = ast.Module([node for node in tree.body if ast.unparse(node).split(":")[0] != "if TYPE_CHECKING"], [])
         if found := offences(body):
             guilty[module] = found
-    assert guilty == {}
+    # The one engine whose model is code: torch alone, and only where serve.engine asks for it (engines.of).
+    assert guilty.keys() == {"slipway.serving.inductor"}
+    assert set(guilty["slipway.serving.inductor"]) == {"import torch", "import torch._C._aoti"}
 
 
 class Bomb:

@@ -137,7 +137,7 @@ class Training(nn.Module):
 
 
 class Served(nn.Module):
-    """The classifier as a service asks it, in torch: for comparison with the engines."""
+    """The classifier as a service asks it, in torch: what torch.compile takes, and for comparison with the engines."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()

@@ -115,7 +115,7 @@ class Ranker(nn.Module):
 
 
 class Served(nn.Module):
-    """The ranker as a service asks it, in torch: for comparison with the engines.
+    """The ranker as a service asks it, in torch: what torch.compile takes, and for comparison with the engines.
 
     Args:
         ranker: the trained model.
@@ -127,7 +127,8 @@ class Served(nn.Module):
         self.ranker, self.shown = ranker, shown
 
     def forward(self, history: Tensor) -> dict[str, Tensor]:
-        """The best items and their scores, without padding and what the history [B, T] holds."""
-        logits = self.ranker.logits(history).scatter(1, history, -torch.inf)
-        scores, items = logits[:, 1:].topk(self.shown)
-        return {"scores": scores, "items": items + 1}
+        """The best items and their scores, without padding and what the history [B, T] holds; and all logits."""
+        logits = self.ranker.logits(history)
+        left = logits.scatter(1, history, -torch.inf)
+        scores, items = left[:, 1:].topk(self.shown)
+        return {"scores": scores, "items": items + 1, "logits": logits}
