@@ -258,7 +258,7 @@ class TrainParams(Section):
         return self
 
 
-RECIPE = r"^(int8|qat|bf16|(prune|distill)-([5-9]|[1-8][0-9]|9[0-5])(-int8|-qat)?)$"
+RECIPE = r"^(int8|qat|bf16|tuned(-int8)?|(prune|distill)-([5-9]|[1-8][0-9]|9[0-5])(-int8|-qat)?)$"
 """Names of recipes; slipway/compression/recipes.py says what they mean."""
 
 
@@ -270,7 +270,8 @@ class CompressParams(Section):
         Field(strict=False, json_schema_extra={"form": True, "examples": ["int8", "bf16", "qat", "prune-50-qat"]}),
     ] = ("int8", "bf16")
     """What is tried beside FP32: int8 (calibrated), qat (INT8, trained), bf16, prune-30 (channels less, in percent),
-    distill-30 (pruned, taught by the full model), prune-50-qat, distill-50-int8 and so on; none: FP32 is served."""
+    distill-30 (pruned, taught by the full model), prune-50-qat, distill-50-int8 and so on; tuned (FP32, trained on as
+    long), tuned-int8; none: FP32 is served."""
     engine: Literal["auto", "all", "onnxruntime", "openvino", "cuda", "tensorrt", "npu", "inductor"] = "auto"
     """What runs the model: auto: the fastest of those that are here and load ONNX, by measurement; all: inductor
     (torch.compile, FP32 only) beside them, which compiles for half a minute; or one by its name."""
@@ -286,7 +287,7 @@ class CompressParams(Section):
     calibration_samples: Count = 512
     """Training samples that INT8 ranges are read from (1 or more)."""
     finetune_epochs: Count = 3
-    """Passes over the training data with which qat and each step of prune and distill are trained (1 or more)."""
+    """Passes over the training data that tuned, qat and each step of prune and distill train for (1 or more)."""
     finetune_rate: Positive = 0.1
     """Peak learning rate of such a pass, as a share of train.learning_rate (over 0)."""
 

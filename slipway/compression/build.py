@@ -1,6 +1,6 @@
 """From a recipe to a model: what each technique asks of the workload's export, and what it gives back, as ONNX.
 
-A workload that offers `prune`, `distill` or `qat` has in its export, beside what base.py says of every workload:
+A workload that offers `tuned`, `prune`, `distill` or `qat` has in its export, beside what base.py says of all:
 
     network()           the trained network as a torch module, whose state has the names of `weights`
     example()           shape of an input of the network, with a batch of 2
@@ -31,6 +31,8 @@ def build(recipe: Recipe, export: Any, tuner: Tuner, samples: int, seed: int) ->
     """
     network: Any = export.network() if recipe.finetunes else None
     teacher = tuner.save(network, "full") if recipe.taught else None
+    if recipe.tuned:
+        export = export.having(tuner.train("tuned", Start(tuner.save(network, "tuned"))).weights)
     if recipe.share > 0:
         export = export.having(_pruned(recipe, network, export.example(), tuner, teacher))
     if recipe.trained:

@@ -2,6 +2,8 @@
 
 int8              calibrated: ranges read from training samples, weights rounded (post-training quantization)
 qat               INT8, trained with rounding in the forward pass (quantization-aware training)
+tuned             FP32, trained on as long as qat: what of another recipe's gain is the training's alone
+tuned-int8        the same, then calibrated
 bf16              the FP32 model in an engine that computes in bfloat16
 prune-30          30 % of the channels taken out, step by step, with training after each
 distill-30        the same, where the full model teaches the training
@@ -26,11 +28,13 @@ class Recipe:
     """Whether INT8 is trained, not calibrated."""
     precision: str = "fp32"
     """fp32, bf16 or int8."""
+    tuned: bool = False
+    """Whether the model is trained on as it is."""
 
     @property
     def finetunes(self) -> bool:
         """Whether the model is trained again."""
-        return self.share > 0 or self.trained
+        return self.tuned or self.share > 0 or self.trained
 
 
 FULL = Recipe("fp32")
@@ -42,7 +46,8 @@ def parse(name: str) -> Recipe:
     steps = name.split("-")
     return Recipe(
         name,
-        share=int(steps[1]) / 100 if len(steps) > 1 else 0.0,
+        tuned=steps[0] == "tuned",
+        share=int(steps[1]) / 100 if steps[0] in ("prune", "distill") else 0.0,
         taught=steps[0] == "distill",
         trained=steps[-1] == "qat",
         precision={"int8": "int8", "qat": "int8", "bf16": "bf16"}.get(steps[-1], "fp32"),

@@ -207,6 +207,7 @@ def test_the_fastest_that_passes_is_chosen_and_the_others_have_their_reasons() -
     ("name", "expected"),
     [
         ("qat", recipes.Recipe("qat", trained=True, precision="int8")),
+        ("tuned-int8", recipes.Recipe("tuned-int8", tuned=True, precision="int8")),
         ("prune-30", recipes.Recipe("prune-30", share=0.3)),
         ("distill-50-int8", recipes.Recipe("distill-50-int8", 0.5, taught=True, precision="int8")),
         ("prune-95-qat", recipes.Recipe("prune-95-qat", 0.95, trained=True, precision="int8")),
@@ -218,7 +219,9 @@ def test_a_name_tells_all_of_a_recipe(name: str, expected: recipes.Recipe) -> No
     assert recipes.parse(name) == expected
 
 
-@pytest.mark.parametrize("name", ["prune", "prune-99", "int4", "qat-int8", "prune-30-bf16", "bf16-qat", ""])
+@pytest.mark.parametrize(
+    "name", ["prune", "prune-99", "int4", "qat-int8", "prune-30-bf16", "bf16-qat", "tuned-qat", ""]
+)
 def test_what_is_no_recipe_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="recipes"):
         CompressParams(recipes=(name,))

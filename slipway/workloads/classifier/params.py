@@ -54,4 +54,4 @@ class ClassifierParams(Section):
 
 MODEL = ClassifierParams
 
-TECHNIQUES = ("int8", "bf16", "qat", "prune", "distill")
+TECHNIQUES = ("int8", "bf16", "tuned", "qat", "prune", "distill")
