@@ -63,23 +63,25 @@ class Worker(Generic[R]):
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._tasks: queue.SimpleQueue[tuple[Callable[[], list[_Outcome[R]]], _Done[R]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run_all, name="engine", daemon=True)
-        self._thread.start()
+        self.alive = True
+        """Does the thread still run? Told by itself: `threading` takes a lock to know, and each request asks twice."""
+        threading.Thread(target=self._run_all, name="engine", daemon=True).start()
 
     def run(self, task: Callable[[], list[_Outcome[R]]], done: _Done[R]) -> None:
         """Run a task; `done` gets its outcomes and its seconds, on the loop."""
         self._tasks.put((task, done))
-
-    @property
-    def alive(self) -> bool:
-        """Does the thread still run?"""
-        return self._thread.is_alive()
 
     def close(self) -> None:
         """End the thread after its present task."""
         self._tasks.put(None)
 
     def _run_all(self) -> None:
+        try:
+            self._run_each()
+        finally:
+            self.alive = False
+
+    def _run_each(self) -> None:
         while item := self._tasks.get():
             task, done = item
             began = time.monotonic()

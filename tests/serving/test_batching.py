@@ -228,11 +228,8 @@ class Simulated(Worker[int]):
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self.alive = True
         self.runs: list[tuple[float, int]] = []
-
-    @property
-    def alive(self) -> bool:
-        return True
 
     def run(self, task: Any, done: Any) -> None:
         outcomes = task()
