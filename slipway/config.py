@@ -398,6 +398,10 @@ class DeployParams(Section):
     """Replicas of a version (1..64)."""
     ready_timeout_s: Positive = 60.0
     """Longest wait for all replicas to be ready (s, over 0)."""
+    autoscaling: str | None = "infra/kubernetes/hpa.yaml"
+    """HorizontalPodAutoscaler that the champion's replicas follow (path, from the checkout); empty: none follow any.
+
+    Pools have numbers of their own: with `pools.kinds` nothing follows it."""
 
 
 class PoolParams(Section):
@@ -511,6 +515,8 @@ class StackParams(Section):
     """nginx: the gateway's numbers, for Prometheus."""
     page_port: Port = 18086
     """The live page of the service."""
+    autoscaler_port: Port = 18087
+    """The autoscaler: Alertmanager's webhook, and its numbers."""
     replica_port: Port = 18100
     """First port of the replicas; the following ones are taken in turn."""
 

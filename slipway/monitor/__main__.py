@@ -34,9 +34,9 @@ from slipway.config import Params
 from slipway.errors import PlatformError, SlipwayError
 from slipway.monitor import view
 from slipway.monitor.programs import Programs
-from slipway.monitor.prometheus import Prometheus
 from slipway.platforms.local import gateway, programs
 from slipway.platforms.local.layout import Layout, here
+from slipway.prometheus import Prometheus
 from slipway.release import history, state
 
 HOST = "127.0.0.1"

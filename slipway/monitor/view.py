@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from slipway.config import Params
-from slipway.monitor.prometheus import Line, Sample
+from slipway.prometheus import Line, Sample
 
 TRACKS = ("champion", "canary")
 SPAN_S, STEP_S = 300, 2

@@ -6,16 +6,12 @@ Counts are differences of the raw counters between two moments, summed here seri
 
 from __future__ import annotations
 
-import json
 import time
 import urllib.error
-import urllib.parse
-import urllib.request
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
-from slipway import loopback
+from slipway import prometheus
 from slipway.errors import PlatformError, TransientError
 from slipway.platforms.base import Routing
 from slipway.release.analysis import Histogram, Track, Window
@@ -30,10 +26,10 @@ Series = frozenset[tuple[str, str]]
 
 
 class Prometheus:
-    """A client of Prometheus' query interface."""
+    """Reads series by all their labels, and waits for a server that is busy."""
 
     def __init__(self, url: str) -> None:
-        self._url = url
+        self._url, self._client = url, prometheus.Prometheus(url)
 
     def read(self, query: str) -> dict[Series, float]:
         """Read the latest value of each series that matches.
@@ -60,10 +56,8 @@ class Prometheus:
         return any(abs(seen - weight) < 1e-9 for seen in self.read(WEIGHT).values())
 
     def _read(self, query: str) -> dict[Series, float]:
-        url = f"{self._url}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
-        with loopback.urlopen(url, timeout=2.0) as answer:
-            found: list[dict[str, Any]] = json.load(answer)["data"]["result"]
-        return {frozenset(series["metric"].items()): float(series["value"][1]) for series in found}
+        found = self._client.now(query)
+        return {frozenset({"__name__": each.name, **each.labels}.items()): each.value for each in found}
 
 
 class Meter:

@@ -81,6 +81,14 @@ def test_the_page_of_metrics_tells_what_the_stack_tells(served: Here) -> None:
     assert told(url) == documented("Stack")
 
 
+def test_the_page_of_metrics_tells_what_the_autoscaler_tells(served: Here) -> None:
+    stack.up(served.params, ["autoscaler"], tell=lambda _: None)
+    url = f"http://127.0.0.1:{served.params.stack.autoscaler_port}/metrics"
+    until(lambda: "version" in told(url)["slipway_autoscaler_replicas"][1])
+    until(lambda: "metric" in told(url)["slipway_autoscaler_metric_ratio"][1])
+    assert told(url) == documented("Autoscaler")
+
+
 def test_every_metric_ends_with_its_unit_and_there_are_enough() -> None:
     rows = ROW.findall(DOCS)
     assert len(rows) >= 25

@@ -14,9 +14,9 @@ import pytest
 from slipway import loopback
 from slipway.config import Params
 from slipway.monitor import view
-from slipway.monitor.prometheus import Sample
 from slipway.platforms.base import Routing
 from slipway.platforms.local import stack
+from slipway.prometheus import Sample
 from slipway.release import history, state
 from slipway.release.replay import Replay
 from tests.conftest import needs, until

@@ -4,7 +4,7 @@ What should be is kept in `platform.json`, the same document that the gateway re
 admin socket:
 
     {"routing": {"champion": "4", "canary": null, "canary_weight": 0.0},
-     "deployments": {"4": {"workload": "ranker", "wanted": 2,
+     "deployments": {"4": {"workload": "ranker", "wanted": 2, "params": {"serve": {...}, "pools": {...}},
                            "replicas": [{"name": "ranker-4-1", "port": 18100, "serving": true, "pool": "cpu"}, ...]}},
      "pools": {"realtime": ["cpu", "gpu"], "batch": null, "prices": {...}, "low_rps": 100.0, ...}}
 
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from slipway import artifacts, config
-from slipway.config import Params, PoolParams
+from slipway.config import Params, PoolParams, PoolsParams, ServeParams
 from slipway.errors import PlatformError
 from slipway.platforms.base import Fault, Replica, Routing, Status
 from slipway.platforms.local import gateway, processes, programs
@@ -89,7 +89,14 @@ class LocalPlatform:
         Raises:
             PlatformError: nothing of the version serves, or a new replica is not ready in time; then no new one stays.
         """
-        self._bring_to(replicas, version, None, timeout_s)
+        self._as_deployed(version)._bring_to(replicas, version, None, timeout_s)
+
+    def _as_deployed(self, version: str) -> LocalPlatform:
+        """The platform with the parameters that a version's replicas were started with, whatever the caller's are."""
+        kept = self._load()["deployments"].get(version, {}).get("params", {})
+        sections: dict[str, type[config.Section]] = {"serve": ServeParams, "pools": PoolsParams}
+        read = {name: sections[name].model_validate(values) for name, values in kept.items()}
+        return LocalPlatform(self._params.model_copy(update=read))
 
     def _bring_to(self, replicas: int, version: str, workload: str | None, timeout_s: float) -> None:
         """Start and drain until `replicas` serve; without a workload only where some do already."""
@@ -100,6 +107,7 @@ class LocalPlatform:
                     raise PlatformError(f"version {version} does not serve: deploy it before you scale it")
                 workload = str(deployments[version]["workload"])
             deployment = deployments.setdefault(version, {"workload": workload, "replicas": []})
+            deployment["params"] = self._params.model_dump(mode="json", include={"serve", "pools"})
             known = sorted(deployment["replicas"], key=lambda replica: not replica["serving"])
             wanted, missing = [], []
             for pool in self._kinds.values():

@@ -65,6 +65,7 @@ def all_of(layout: Layout, checkout: Path, python: str, params: Params) -> dict[
         _alertmanager(layout, checkout, params),
         _mlflow(layout, python, params),
         _page(layout, checkout, python, params),
+        *_autoscaler(checkout, python, params),
         *_airflow(layout, checkout, python, params),
     ]
     return {service.name: service for service in services}
@@ -131,7 +132,7 @@ def _gateway(layout: Layout, checkout: Path, params: Params) -> Service:
 def _prometheus(layout: Layout, checkout: Path, params: Params) -> Service:
     folder, port = layout.folder("prometheus"), params.stack.prometheus_port
     rules = checkout / "infra" / "prometheus" / "rules"
-    values = {**params.stack.model_dump(), "targets": layout.targets, "rules": rules}
+    values = {**params.stack.model_dump(), "autoscales": autoscales(params), "targets": layout.targets, "rules": rules}
     text = _template(checkout / "infra" / "prometheus" / "prometheus.yml.j2", values)
     command = [find("prometheus") or "prometheus", f"--config.file={folder}/prometheus.yml"]
     command += [f"--storage.tsdb.path={folder}/data", f"--web.listen-address={HOST}:{port}", "--log.level=warn"]
@@ -142,7 +143,8 @@ def _prometheus(layout: Layout, checkout: Path, params: Params) -> Service:
 
 def _alertmanager(layout: Layout, checkout: Path, params: Params) -> Service:
     folder, port = layout.folder("alertmanager"), params.stack.alertmanager_port
-    text = _template(checkout / "infra" / "prometheus" / "alertmanager.yml.j2", params.stack.model_dump())
+    values = {**params.stack.model_dump(), "autoscales": autoscales(params)}
+    text = _template(checkout / "infra" / "prometheus" / "alertmanager.yml.j2", values)
     command = [find("prometheus-alertmanager") or find("alertmanager") or "alertmanager"]
     command += [f"--config.file={folder}/alertmanager.yml", f"--storage.path={folder}/data", "--log.level=warn"]
     # Without an empty cluster address it listens on all interfaces for others of its kind.
@@ -172,6 +174,22 @@ def _page(layout: Layout, checkout: Path, python: str, params: Params) -> Servic
     revision = {"SLIPWAY_REVISION": artifacts.sha256(checkout / "slipway" / "monitor")[:12]}
     environment = {"SLIPWAY_PARAMS": params.model_dump_json(by_alias=True), **revision}
     return _web(Program("page", command, checkout, environment), port, "stack.page_port", "/", start_s=60)
+
+
+def autoscales(params: Params) -> bool:
+    """Whether the champion's replicas follow a policy; pools have numbers of their own."""
+    return params.deploy.autoscaling is not None and not params.pools.kinds
+
+
+def _autoscaler(checkout: Path, python: str, params: Params) -> list[Service]:
+    if params.deploy.autoscaling is None or not autoscales(params):
+        return []
+    port, policy = params.stack.autoscaler_port, checkout / params.deploy.autoscaling
+    command = [python, "-m", "slipway.scaling", "--port", str(port)]
+    revision = _revision(policy.read_text() if policy.is_file() else "")
+    environment = {"SLIPWAY_PARAMS": params.model_dump_json(by_alias=True), "SLIPWAY_LOG_FORMAT": "json", **revision}
+    program = Program("autoscaler", command, checkout, environment)
+    return [_web(program, port, "stack.autoscaler_port", "/health", start_s=60)]
 
 
 def _airflow(layout: Layout, checkout: Path, python: str, params: Params) -> list[Service]:

@@ -1,4 +1,4 @@
-"""What the live page asks Prometheus: values now, values over the last minutes, and alerts. It never waits for long."""
+"""What is asked of Prometheus: values now, values over some minutes, and alerts. It never waits for long."""
 
 from __future__ import annotations
 
