@@ -45,10 +45,11 @@ bench-compression: setup  ## Recipes against FP32 in one engine; CLASSIFIER= and
 	@$(PY) -m benchmarks.compression $(if $(CLASSIFIER),--classifier $(CLASSIFIER)) $(if $(RANKER),--ranker $(RANKER)) \
 		--json benchmarks/results/compression.json
 
-bench-serving: setup  ## The model server beside mosec, LitServe and BentoML, which come from PyPI, and under load; cache; state; the whole case
+bench-serving: setup  ## The model server beside mosec, LitServe and BentoML, which come from PyPI, and under load; cache; state; scaling; the case
 	@$(PY) -m benchmarks.serving --install --json benchmarks/results/serving.json
 	@$(PY) -m benchmarks.cache $(if $(VIDEO_GAMES),--video-games $(VIDEO_GAMES)) --json benchmarks/results/cache.json
 	@$(PY) -m benchmarks.state --json benchmarks/results/state.json
+	@$(PY) -m benchmarks.scaling --json benchmarks/results/scaling.json
 	@$(PY) -m benchmarks.serving.case --json benchmarks/results/case.json --plot docs/images/case.png
 
 clean: down  ## Remove all state of this checkout: data, models, runs, the stack's databases

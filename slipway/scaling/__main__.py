@@ -38,8 +38,6 @@ HOST = "127.0.0.1"
 EVERY_S = 5.0
 AT_ONCE_S = 0.5
 """However many alerts fire, it does not look sooner after the last time."""
-THREADS_A_PROCESSOR = 2
-"""More engine threads than that on a processor only wait for one another."""
 _HANGS_S = 30.0  # beyond the wait for a replica: longer than that no look takes
 
 log = logging.getLogger("slipway.scaling")
@@ -155,8 +153,8 @@ def handler(loop: Loop, told: Told, within_s: float) -> type[BaseHTTPRequestHand
 
 
 def most(params: Params) -> int:
-    """Replicas for which this machine has processors."""
-    return max(1, THREADS_A_PROCESSOR * len(os.sched_getaffinity(0)) // params.serve.threads)
+    """Replicas for which this machine has processors, one a thread; what a cluster has no room for waits there, too."""
+    return max(1, len(os.sched_getaffinity(0)) // params.serve.threads)
 
 
 def main() -> int:

@@ -194,6 +194,7 @@ def test_every_program_of_the_stack_listens_on_the_loopback_interface_alone(home
         "alertmanager",
         "mlflow",
         "page",
+        "autoscaler",
         *airflow.NAMES,
     ]
     assert {s.address.partition(":18")[0].rpartition(":")[0] for s in services.values()} >= {"http://127.0.0.1"}

@@ -23,6 +23,7 @@ from slipway.scaling.autoscaler import Autoscaler
 from tests.conftest import ROOT, needs, until
 from tests.platforms import stand
 from tests.platforms.stand import Here
+from tests.scaling import policies
 
 SHIPPED = ROOT / "infra" / "kubernetes" / "hpa.yaml"
 
@@ -112,18 +113,11 @@ def test_a_policy_that_is_not_there_is_named_with_its_parameter() -> None:
         policy.read(Path("none.yaml"))
 
 
-def quick(folder: Path) -> Path:
-    """The shipped policy, which takes replicas away after seconds."""
-    text = SHIPPED.read_text().replace("stabilizationWindowSeconds: 300", "stabilizationWindowSeconds: 2")
-    (folder / "hpa.yaml").write_text(re.sub(r"periodSeconds: \d+", "periodSeconds: 2", text))
-    return folder / "hpa.yaml"
-
-
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
     """A stack whose users were promised what no service can keep, a tenth of a millisecond."""
     chosen = stand.params()
-    deploy = chosen.deploy.model_copy(update={"autoscaling": str(quick(tmp_path_factory.mktemp("policy")))})
+    deploy = chosen.deploy.model_copy(update={"autoscaling": str(policies.quick(tmp_path_factory.mktemp("policy")))})
     chosen = chosen.model_copy(update={"deploy": deploy, "slo": SloParams(p99_ms=0.1)})
     with stand.running(tmp_path_factory.mktemp("home"), chosen, [*stand.SERVICE, "alertmanager", "autoscaler"]) as up:
         stand.publish("1")
