@@ -11,7 +11,7 @@ from typing import cast
 import pytest
 
 from slipway import loopback
-from slipway.config import SloParams
+from slipway.config import PoolParams, SloParams
 from slipway.errors import ParamsError, PlatformError
 from slipway.platforms.base import Platform, Replica, Routing, Status
 from slipway.platforms.local import programs, stack
@@ -160,9 +160,10 @@ def test_with_pools_or_without_a_policy_there_is_no_autoscaler(tmp_path: Path) -
     without = chosen.model_copy(update={"deploy": chosen.deploy.model_copy(update={"autoscaling": None})})
     layout = Layout(tmp_path)
     layout.make()
-    assert "autoscaler" in programs.all_of(layout, ROOT, "python", chosen)
     hook = f"http://127.0.0.1:{chosen.stack.autoscaler_port}/alerts"
-    assert hook in (tmp_path / "alertmanager" / "alertmanager.yml").read_text()
-    assert "autoscaler" not in programs.all_of(layout, ROOT, "python", without)
-    assert hook not in (tmp_path / "alertmanager" / "alertmanager.yml").read_text()
-    assert str(chosen.stack.autoscaler_port) not in (tmp_path / "prometheus" / "prometheus.yml").read_text()
+    follows, alone = (programs.all_of(layout, ROOT, "python", params) for params in (chosen, without))
+    assert ("autoscaler" in follows, "autoscaler" in alone) == (True, False)
+    assert [hook in "".join(each["alertmanager"].files.values()) for each in (follows, alone)] == [True, False]
+    assert str(chosen.stack.autoscaler_port) not in "".join(alone["prometheus"].files.values())
+    pools = chosen.pools.model_copy(update={"kinds": (PoolParams(name="cpu"),)})
+    assert "autoscaler" not in programs.all_of(layout, ROOT, "python", chosen.model_copy(update={"pools": pools}))
