@@ -132,7 +132,7 @@ async def _serve(port: int, params: ServeParams, label: str, load: Callable[[], 
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    edge = Edge(traces.answer(app) if traces else app, app.refuse, params.max_body_bytes)
+    edge = Edge(app, app.refuse, params.max_body_bytes)
     await edge.listen(listener)
     loading = asyncio.create_task(asyncio.to_thread(load))
     stop = asyncio.create_task(stopping.wait())
@@ -143,6 +143,8 @@ async def _serve(port: int, params: ServeParams, label: str, load: Callable[[], 
             app.serve(model)
             await warm_up(HOST, port, model, params.max_batch, params.max_body_bytes)
             app.welcome()
+            if traces:
+                edge.answer = traces.answer(app)
             logger.info("ready: model=%s version=%s seconds=%.2f", model.name, model.version, time.monotonic() - began)
             died = asyncio.create_task(app.died())
             await asyncio.wait({died, stop}, return_when=asyncio.FIRST_COMPLETED)

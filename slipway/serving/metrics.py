@@ -36,6 +36,8 @@ class Metrics:
     """One registry of its own: a process may hold several servers, as tests do."""
 
     def __init__(self) -> None:
+        self.warming_up = False
+        """What the model does now is its warm-up: no user's, so it counts nowhere. Probes and refusals always count."""
         # They would be a series beside each other one, for what the process' start tells already.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
@@ -50,10 +52,10 @@ class Metrics:
             "slipway_request_seconds", "From the whole request to its answer.", SECONDS, "endpoint"
         )
         self._seconds = {e: seconds.labels(e).observe for e in ENDPOINTS}
-        self.waited = self._histogram(
+        self._waited = self._histogram(
             "slipway_queue_seconds", "Wait of a request for the engine.", ENGINE_SECONDS
         ).observe
-        self.gathered = self._histogram(
+        self._gathered = self._histogram(
             "slipway_batch_seconds", "From a batch's first request to its run.", ENGINE_SECONDS
         ).observe
         self._engine = self._histogram("slipway_engine_seconds", "One run of the engine.", ENGINE_SECONDS).observe
@@ -107,13 +109,26 @@ class Metrics:
 
     def answered(self, endpoint: str, code: int, seconds: float) -> None:
         """One request was answered."""
+        if self.warming_up and endpoint == "infer":
+            return
         self._count[endpoint, code]()
         self._seconds[endpoint](seconds)
 
+    def waited(self, seconds: float) -> None:
+        """One request left the queue for the engine."""
+        if not self.warming_up:
+            self._waited(seconds)
+
+    def gathered(self, seconds: float) -> None:
+        """One batch left it, so long after its first request came."""
+        if not self.warming_up:
+            self._gathered(seconds)
+
     def ran(self, samples: int, seconds: float) -> None:
         """The engine ran one batch."""
-        self._sizes(samples)
-        self._engine(seconds)
+        if not self.warming_up:
+            self._sizes(samples)
+            self._engine(seconds)
 
     def serves(self, package: Package) -> None:
         """Tell which model is served."""

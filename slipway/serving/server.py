@@ -21,7 +21,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypedDict, cast, get_type_hints
 
 import msgspec
@@ -154,18 +154,21 @@ class App:
         params = self._params
         work = self._traces.work(model.predict) if self._traces else model.predict
         self._batcher = Batcher(work, params.max_batch, params.max_wait_ms / 1000, params.max_queue, self._metrics)
-        self._submit = self._traces.submit(self._batcher.submit) if self._traces else self._batcher.submit
+        self._submit: Callable[[Sequence[Sample], float], Awaitable[Sequence[Tensors]]] = self._batcher.submit
         self._metrics.watch_queue(self._batcher.__len__)
         self._metrics.serves(model.package)
         self._scores = Watch(model.package.score_deciles, model.endpoint.outputs[-1], self._metrics.tenths)
         self._routes |= self._routes_of(model)
         page = openapi.document(f"slipway: {model.name}", model.version, self._routes)
         self._document = _encode(page)
-        self._waiting_for = "the model is warming up"
+        self._waiting_for, self._metrics.warming_up = "the model is warming up", True
 
     def welcome(self) -> None:
-        """Be ready for traffic."""
-        self._waiting_for = None
+        """Be ready for traffic; what was answered before was the warm-up, in no figure and no trace."""
+        assert self._batcher is not None  # there is a model
+        if self._traces:
+            self._submit = self._traces.submit(self._batcher.submit)
+        self._waiting_for, self._metrics.warming_up = None, False
         self._metrics.ready.set(1)
 
     async def died(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import http.client
 import json
 import os
@@ -11,16 +13,24 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from slipway import package as packages_
+from slipway.config import ServeParams
 from slipway.errors import ModelError
 from slipway.serving import engines
 from slipway.serving import model as models
 from slipway.serving.__main__ import main
+from slipway.serving.edge import Edge
+from slipway.serving.engines import Engine
+from slipway.serving.metrics import Metrics
+from slipway.serving.server import App
+from slipway.serving.warmup import warm_up
+from slipway.workloads.base import Array, Tensors
 from tests.conftest import free_port, until
 from tests.serving.conftest import Replica, Start
 from tests.serving.packages import key, seal
@@ -277,11 +287,60 @@ def test_more_requests_than_may_wait_are_sent_away_and_the_others_served(start: 
     assert replica.metric('slipway_requests_total{code="429",endpoint="recommend"}') == statuses.count(b"429")
 
 
-def test_a_replica_is_ready_only_after_real_requests_with_batches_of_every_size(start: Start) -> None:
+class Listening:
+    """An engine that keeps the sizes of its batches."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self.sizes = engine, list[int]()
+        self.name, self.inputs, self.outputs = engine.name, engine.inputs, engine.outputs
+
+    def run(self, inputs: Tensors, outputs: Sequence[str]) -> list[Array]:
+        self.sizes.append(len(inputs["history"]))
+        return self._engine.run(inputs, outputs)
+
+
+def test_a_warm_up_is_real_requests_with_batches_of_every_size_and_in_no_figure(package: Path) -> None:
+    loaded = models.load(package, "7", 1)
+    engine = Listening(loaded.engine)
+    model = dataclasses.replace(loaded, engine=engine)
+    told = (
+        'slipway_requests_total{code="200",endpoint="infer"}',
+        'slipway_request_seconds_count{endpoint="infer"}',
+        *("slipway_queue_seconds_count", "slipway_batch_seconds_count"),
+        *("slipway_engine_seconds_count", "slipway_batch_size_sum"),
+    )
+
+    async def test() -> None:
+        def figures() -> list[float]:
+            series = dict(line.rsplit(" ", 1) for line in metrics.exposition().decode().splitlines())
+            return [float(series[name]) for name in told]
+
+        metrics = Metrics()
+        app = App("7", ServeParams(), metrics, None)
+        edge = Edge(app, app.refuse, 65_536)
+        listener = socket.create_server(("127.0.0.1", 0))
+        await edge.listen(listener)
+        app.serve(model)
+        try:
+            host, port = listener.getsockname()
+            await warm_up(host, port, model, 8, 65_536)
+            assert engine.sizes == [1, 2, 4, 8]
+            assert set(figures()) == {0.0}
+            app.welcome()
+            await warm_up(host, port, model, 8, 65_536)  # the same from a client
+            assert figures() == [4, 4, 4, 4, 4, 1 + 2 + 4 + 8]
+        finally:
+            await edge.close(1)
+            app.close()
+
+    asyncio.run(asyncio.wait_for(test(), 30))
+
+
+def test_a_fresh_replica_tells_of_no_batch(start: Start) -> None:
     replica = start()
     replica.wait_until_ready()
-    assert replica.metric('slipway_requests_total{code="200",endpoint="infer"}') == 4
-    assert replica.metric("slipway_batch_size_sum") == 1 + 2 + 4 + 8  # of at most 8
+    assert replica.metric("slipway_batch_size_count") == 0
+    assert replica.metric('slipway_requests_total{code="200",endpoint="health"}') == 1
 
 
 def test_a_model_that_fails_its_warm_up_is_refused(start: Start, package: Path, tmp_path: Path) -> None:
