@@ -45,10 +45,11 @@ bench-compression: setup  ## Recipes against FP32 in one engine; CLASSIFIER= and
 	@$(PY) -m benchmarks.compression $(if $(CLASSIFIER),--classifier $(CLASSIFIER)) $(if $(RANKER),--ranker $(RANKER)) \
 		--json benchmarks/results/compression.json
 
-bench-serving: setup  ## The model server beside mosec, LitServe and BentoML, which come from PyPI, and under load; cache; state; scaling; the case
+bench-serving: setup  ## The model server beside mosec, LitServe and BentoML, which come from PyPI, and under load; cache; state; rotation; scaling; the case
 	@$(PY) -m benchmarks.serving --install --json benchmarks/results/serving.json
 	@$(PY) -m benchmarks.cache $(if $(VIDEO_GAMES),--video-games $(VIDEO_GAMES)) --json benchmarks/results/cache.json
 	@$(PY) -m benchmarks.state --json benchmarks/results/state.json
+	@$(PY) -m benchmarks.rotation --json benchmarks/results/rotation.json
 	@$(PY) -m benchmarks.scaling --json benchmarks/results/scaling.json
 	@$(PY) -m benchmarks.serving.case --json benchmarks/results/case.json --plot docs/images/case.png
 

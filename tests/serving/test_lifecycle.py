@@ -214,7 +214,7 @@ class Load:
                 return
             try:
                 self._use(connection)
-            except ConnectionResetError:
+            except (ConnectionResetError, BrokenPipeError):
                 self.resets += 1
             except (OSError, http.client.HTTPException) as error:
                 self.wrong.append(repr(error))
