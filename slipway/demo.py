@@ -179,7 +179,9 @@ def _metrics(reports: Path) -> Table:
 
 
 def _places(params: Params, airflow: Airflow, may_show_password: bool) -> Table:
-    secret = artifacts.read_json(_password_file())[USER] if may_show_password else f"in {_password_file()}"
+    file = _password_file()
+    near = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file  # short enough for a line
+    secret = artifacts.read_json(file)[USER] if may_show_password else f"in {near}"
     table = Table("where", "address", Column("login", overflow="fold"), title="\nLook around", **LOOK)
     table.add_row("live page", f"http://127.0.0.1:{params.stack.page_port}", "none: loopback only")
     table.add_row("Airflow", airflow.url, f"user {USER}, password {secret}")
