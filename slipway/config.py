@@ -346,7 +346,9 @@ class ServeParams(Section):
     """Longest wait of an idle engine for a batch that is worth its run, as arrivals and runs are measured (ms, 0..1000;
     0: work-conserving)."""
     deadline_ms: Annotated[float, Field(ge=0, le=600_000)] = 2000.0
-    """A realtime request that cannot be answered in that time gets 504 (ms, 0: none).
+    """A realtime request that cannot be answered in that time gets 429 or 504 (ms, 0: none).
+
+    429 and Retry-After at once where the queue tells that it would be late, 504 where it turned out late.
 
     The gateway waits as long for a request's last try; the header X-Deadline-Ms may lower it."""
     max_queue: Count = 512

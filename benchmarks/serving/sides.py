@@ -98,8 +98,8 @@ class Running:
 
 
 @contextmanager
-def running(side: Side, folder: Path, probe: bytes) -> Iterator[Running]:
-    """Run a server on a free port until the block ends; it has answered `probe` with 200 before."""
+def running(side: Side, folder: Path, probe: bytes, core: int | None = None) -> Iterator[Running]:
+    """Run a server on a free port, on one processor if told, until the block ends; it has answered `probe` with 200."""
     port = free_port()
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLIPWAY_", "PYTHON"))}
     environment |= {"OMP_NUM_THREADS": "1", "RANKER": str(folder), "SLIPWAY_LOG": "WARNING", "PYTHONPATH": str(ROOT)}
@@ -110,6 +110,8 @@ def running(side: Side, folder: Path, probe: bytes) -> Iterator[Running]:
             [part.format(port=port) for part in side.command],
             cwd=folder_of_it, env=environment, stdout=nothing, stderr=nothing,
         )  # fmt: skip
+    if core is not None:
+        os.sched_setaffinity(process.pid, {core})  # its threads, which are to come, inherit it
     try:
         end = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < end:

@@ -49,6 +49,8 @@ from slipway.serving.warmup import warm_up
 logger = logging.getLogger("slipway.serving")
 
 HOST = "127.0.0.1"
+SWITCH_S = 0.0005
+"""In a flood the loop never rests, and the engine's thread waits so long for the interpreter after each step."""
 ACCEPT_S = 0.3
 """A draining replica still accepts connections for a while: the gateway may not know yet."""
 
@@ -56,6 +58,7 @@ ACCEPT_S = 0.3
 def main() -> int:
     """Parse the command line, serve until a signal; the exit code."""
     options = _parser().parse_args()
+    sys.setswitchinterval(SWITCH_S)
     try:
         level, kind = os.environ.get("SLIPWAY_LOG", "INFO"), os.environ.get("SLIPWAY_LOG_FORMAT", "text")
         if kind not in logs.FORMATS:
@@ -132,7 +135,7 @@ async def _serve(port: int, params: ServeParams, label: str, load: Callable[[], 
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    edge = Edge(app, app.refuse, params.max_body_bytes)
+    edge = Edge(app, app.refuse, params.max_body_bytes, shed=app.shed)
     await edge.listen(listener)
     loading = asyncio.create_task(asyncio.to_thread(load))
     stop = asyncio.create_task(stopping.wait())

@@ -201,6 +201,17 @@ class Batcher(Generic[T, R]):
                 f"it would take {1e3 * needed_s:.0f} ms, and {1e3 * left_s:.0f} are left; try again later"
             )
 
+    def late(self, samples: int, patience_s: float, more: int = 0) -> bool:
+        """Would `admit` refuse, with `more` samples ahead that are not here yet? It costs no exception and no text."""
+        if not (self._running or self._queue or more):
+            return False
+        if len(self._queue) + more >= self._max_queue:
+            return True
+        if patience_s == math.inf:
+            return False
+        left_s = self._began + self._pace.takes_s(self._size) - self._clock() if self._running else 0.0
+        return self._pace.ready_in_s(self._samples + more, samples, max(0.0, left_s)) > patience_s
+
     def _schedule(self) -> None:
         """Start in the loop's next turn, so that requests that came in one go run in one go; or after the wait."""
         if not self._max_wait_s:
@@ -267,7 +278,7 @@ class Batcher(Generic[T, R]):
     def _finish(self, batch: list[_Job[T, R]], outcomes: list[_Outcome[R]], seconds: float) -> None:
         size = self._size
         self._running = []
-        self._pace.ran(size, seconds)
+        self._pace.ran(size, self._clock() - self._began)  # with what it waited for the loop: under load, most of it
         if self._queue:  # first: the engine works on while the answers are written
             self._go_on()
         self._observer.ran(size, seconds)

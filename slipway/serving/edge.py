@@ -77,6 +77,7 @@ class Edge:
         refuse: makes the response to what never became a request, from a status and a message.
         max_body_bytes: largest body.
         idle_s: longest time that an idle or stuck connection is kept, in whole seconds.
+        shed: makes the response to a request that is refused before anything else is done for it; it must be quick.
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class Edge:
         refuse: Callable[[int, str], Response],
         max_body_bytes: int,
         idle_s: int = IDLE_S,
+        shed: Callable[[Request], Response | None] = lambda _: None,
     ) -> None:
-        self.answer, self.refuse, self.max_body_bytes = answer, refuse, max_body_bytes
+        self.answer, self.refuse, self.shed, self.max_body_bytes = answer, refuse, shed, max_body_bytes
         self.connections: set[Connection] = set()
         self.second = 0
         """Counts seconds: a clock that costs a connection nothing."""
@@ -270,6 +272,8 @@ class Connection(asyncio.Protocol):
     def _begin(self, turn: _Turn) -> None:
         if isinstance(turn.ask, Response):
             self._write(turn.ask, turn.stays)
+        elif (refusal := self._edge.shed(turn.ask)) is not None:  # without a task: in a flood it would be the dearest
+            self._write(refusal, turn.stays)
         else:
             self._task = self._loop.create_task(self._run(turn.ask, turn.stays))
 

@@ -90,6 +90,9 @@ TEXT = "text/plain"
 JSON = ((b"content-type", b"application/json"),)
 REQUEST_ID = b"x-request-id"
 """The gateway's name of a request, which its log bears, too."""
+OWN_PATIENCE = frozenset((b"x-deadline-ms", b"x-request-class"))
+"""Headers of requests that do not wait as long as usual."""
+BUSY = "more requests wait than can be answered in time; try again later"
 DEAD_S = 0.2
 """A dead engine is looked for this often."""
 DEADLINE = "Milliseconds that the client waits, if fewer than usual; what cannot be answered in them gets 504 at once."
@@ -140,6 +143,9 @@ class App:
             },
         }
         self._document = b""
+        self._sheds = self._shed_label = ""
+        self._usual_s = params.deadline_ms / 1e3 or math.inf
+        self._passed = 0  # requests of the loop's present turn that are not in the queue yet
 
     def _name_version(self, version: str) -> None:
         self._headers = ((b"x-slipway-version", version.encode()),)
@@ -161,6 +167,9 @@ class App:
         self._routes |= self._routes_of(model)
         page = openapi.document(f"slipway: {model.name}", model.version, self._routes)
         self._document = _encode(page)
+        self._sheds = model.endpoint.path
+        self._shed_label = self._sheds.rpartition("/")[2]
+        self._busy = _with(self.error(429, BUSY), b"retry-after", b"1")
         self._waiting_for, self._metrics.warming_up = "the model is warming up", True
 
     def welcome(self) -> None:
@@ -231,6 +240,24 @@ class App:
             self._batcher.close()
         if self._reader is not None:
             self._reader.close()
+
+    def shed(self, request: Request) -> Response | None:
+        """Refuse a request that would come too late in any case; not where a cache may have its answer."""
+        if self._batcher is None or self._cache is not None or request.method != "POST":
+            return None
+        if request.path != self._sheds or any(name in OWN_PATIENCE for name, _ in request.headers):
+            return None
+        if not self._batcher.late(1, self._usual_s, self._passed):
+            if not self._passed:
+                asyncio.get_running_loop().call_soon(self._queued)
+            self._passed += 1
+            return None
+        self._metrics.answered(self._shed_label, 429, 0.0)
+        return self._busy
+
+    def _queued(self) -> None:
+        """Those that came in the loop's last turn are about to be in the queue."""
+        self._passed = 0
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request, whatever happens."""

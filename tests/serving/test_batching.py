@@ -114,6 +114,32 @@ def test_what_comes_while_the_engine_is_busy_runs_together_next() -> None:
     assert gate.batches == [[1], [2, 3, 4, 5], [6, 7]]
 
 
+def test_it_tells_beforehand_what_would_be_late() -> None:
+    gate = Gate(is_open=False)
+
+    async def test(batcher: Batcher[int, int]) -> None:
+        assert not batcher.late(1, 0.0)  # idle
+        first = submit(batcher, 0)
+        await until(lambda: gate.batches == [[0]])
+        assert not batcher.late(1, 0.02)  # nothing is known of the engine yet
+        await asyncio.sleep(0.05)
+        gate.open.set()
+        await first
+        gate.open.clear()
+        second = submit(batcher, 1)
+        await until(lambda: len(gate.batches) == 2)
+        assert batcher.late(1, 0.02)
+        assert not batcher.late(1, 60)
+        assert not batcher.late(1, math.inf)
+        assert not batcher.late(1, math.inf, 1)
+        assert batcher.late(1, math.inf, 2)  # the queue would be full
+        gate.open.set()
+        await second
+        assert not batcher.late(1, 0.0)
+
+    run(test, gate, max_queue=2)
+
+
 def test_one_request_too_many_is_refused_at_once() -> None:
     gate = Gate(is_open=False)
 

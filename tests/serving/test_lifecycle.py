@@ -274,15 +274,20 @@ def test_more_requests_than_may_wait_are_sent_away_and_the_others_served(start: 
     replica = start(SLIPWAY_SERVE=json.dumps({"max_queue": 2, "max_batch": 1}))
     replica.wait_until_ready()
     head = f"POST /v1/recommend HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Length: {len(BODY)}\r\n\r\n"
-    replica.process.send_signal(signal.SIGSTOP)  # so that it finds all of them at once
     clients = [socket.create_connection(("127.0.0.1", replica.port), timeout=30) for _ in range(60)]
+    for client in clients:  # all are accepted
+        client.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: h\r\n\r\n")
+        assert client.recv(65_536).split()[1] == b"200"
+    replica.process.send_signal(signal.SIGSTOP)  # so that it finds all requests at once
     for client in clients:
         client.sendall(head.encode() + BODY)
     replica.process.send_signal(signal.SIGCONT)
     statuses = []
     for client in clients:
         with client:
-            statuses.append(client.recv(65_536).split()[1])
+            answer = client.recv(65_536)
+            statuses.append(answer.split()[1])
+            assert (statuses[-1] == b"429") == (b"retry-after: 1" in answer)
     assert set(statuses) == {b"200", b"429"}
     assert replica.metric('slipway_requests_total{code="429",endpoint="recommend"}') == statuses.count(b"429")
 

@@ -249,6 +249,56 @@ def test_a_client_says_how_long_it_waits(replica: Replica) -> None:
         assert ask(wrong).status == 400
 
 
+class Gated:
+    """A model whose runs wait until they are let go."""
+
+    def __init__(self, model: models.Model) -> None:
+        self.go, self._run = threading.Event(), model.engine.run
+        self.name, self.inputs, self.outputs = "gated", model.engine.inputs, model.engine.outputs
+
+    def run(self, inputs: Tensors, outputs: Sequence[str]) -> list[Array]:
+        self.go.wait(30)
+        return self._run(inputs, outputs)
+
+
+def test_what_the_queue_cannot_take_is_refused_at_once_and_counted_and_an_idle_queue_refuses_nothing(
+    package: Path,
+) -> None:
+    metrics, model = Metrics(), models.load(package, "1", 1)
+    engine = Gated(model)
+    request = Request("POST", RECOMMEND, b'{"history": []}')
+
+    async def test() -> None:
+        app = App("1", ServeParams(max_queue=2, max_batch=1), metrics, None)
+        assert app.shed(request) is None  # there is no model yet
+        app.serve(dataclasses.replace(model, engine=engine))
+        app.welcome()
+        try:
+            assert [app.shed(request) for _ in range(2)] == [None, None]  # one turn's requests count as waiting
+            assert app.shed(request) is not None
+            await asyncio.sleep(0)
+            assert app.shed(request) is None
+            asked = [asyncio.create_task(app(request))]
+            await asyncio.sleep(0.05)  # it runs
+            asked += [asyncio.create_task(app(request)) for _ in range(2)]
+            await asyncio.sleep(0)
+            refused = app.shed(request)
+            assert refused is not None
+            assert refused.status == 429
+            assert (b"retry-after", b"1") in refused.headers
+            assert b"try again" in refused.body
+            assert app.shed(request._replace(method="GET")) is None
+            assert app.shed(request._replace(headers=((b"x-deadline-ms", b"9"),))) is None
+            engine.go.set()
+            assert [answer.status for answer in await asyncio.gather(*asked)] == [200, 200, 200]
+            assert app.shed(request) is None
+        finally:
+            app.close()
+
+    asyncio.run(asyncio.wait_for(test(), 30))
+    assert b'slipway_requests_total{code="429",endpoint="recommend"} 2.0' in metrics.exposition()
+
+
 class Faulty:
     """An engine that stalls until it is let go, then ends its thread."""
 
