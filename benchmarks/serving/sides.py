@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -63,10 +64,15 @@ def install() -> None:
     """Make the environments that are not there; needs PyPI."""
     for name, pin in PINS.items():
         place = PEERS / name.lower()
-        if not place.exists():
-            subprocess.run(["uv", "venv", "--quiet", "--python", sys.executable, str(place)], check=True)
-            pins = [pin, "onnxruntime==1.32.0", "numpy"]
-            subprocess.run(["uv", "pip", "install", "--quiet", "--python", str(place), *pins], check=True)
+        if place.exists():
+            continue
+        try:
+            subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+            pip = [str(place / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
+            subprocess.run([*pip, pin, "onnxruntime==1.32.0", "numpy"], check=True)
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)  # half of it would count as installed
+            raise
 
 
 @dataclass(frozen=True)
