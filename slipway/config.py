@@ -438,8 +438,10 @@ class PoolsParams(Section):
     """Rate from which on the second pool serves them (requests/s)."""
     dwell_s: Positive = 60.0
     """Time that the rate has to be under low_rps before they go back (s, over 0)."""
-    batch_in_flight: Annotated[int, Field(ge=2, le=4096)] = 8
-    """Batch requests at the replicas at once; more wait at the gateway, 10 s at most (2..4096)."""
+    batch_in_flight: Annotated[int, Field(ge=2, le=4096)] = 2
+    """Batch requests at the replicas at once; more wait at the gateway, 10 s at most (2..4096).
+
+    More of them fill larger batches, and cost users latency."""
 
     @model_validator(mode="after")
     def _few(self) -> PoolsParams:
