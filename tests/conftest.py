@@ -33,7 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def needs(*programs: str) -> pytest.MarkDecorator:
     """Skip a test, with its reason, where a program it runs is not installed."""
     missing = [name for name in programs if shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin") is None]
-    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}: run `make setup`")
+    how = "install it" if missing == ["chromium"] else "run `make setup`"  # no user of the product needs a browser
+    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}: {how}")
 
 
 def until(true: Callable[[], object], seconds: float = 150.0) -> None:
