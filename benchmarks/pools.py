@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import load
+from benchmarks import load, watch
 from benchmarks.claims import Claim, tell
 from slipway.config import PoolParams, PoolsParams
 from slipway.platforms.base import Routing
@@ -94,7 +93,7 @@ def day(port: int, seconds: float) -> Sequence[Claim]:
     due = load.poisson(900.0, seconds, seed=3)
     due = due[np.random.default_rng(4).random(len(due)) < curve(due, seconds) / 900.0]
     samples: list[Any] = []
-    with watched(samples):
+    with watch.looking(lambda: samples.append(gateway.state(here())), 0.25):
         seen = load.open_loop(("127.0.0.1", port), requests("realtime"), due)
     print(f"day: {seen}", file=sys.stderr)
     pools = [{pool["name"]: pool for pool in state["pools"]} for state in samples]
@@ -125,24 +124,6 @@ def day(port: int, seconds: float) -> Sequence[Claim]:
         ),
         Claim("P99 at 500 requests/s and over", "< 50 ms", "", f"{at_high:.1f} ms ({lag})", 50 / at_high, at_high < 50),
     ]
-
-
-@contextmanager
-def watched(samples: list[Any]) -> Iterator[None]:
-    """Keep what the gateway says of itself, four times a second."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.25):
-            samples.append(gateway.state(here()))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def interference(port: int) -> Sequence[Claim]:

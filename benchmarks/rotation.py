@@ -24,11 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import load
+from benchmarks import load, watch
 from benchmarks.claims import Claim, tell
 from slipway.platforms.base import Fault, Routing
-from slipway.platforms.local import gateway
-from slipway.platforms.local.layout import here
 from slipway.platforms.local.platform import LocalPlatform
 from tests.conftest import until
 from tests.platforms import stand
@@ -94,40 +92,29 @@ def main() -> None:
     tell("Into and out of rotation", "python -m benchmarks.rotation", claims, options.json)
 
 
-def asked() -> frozenset[str]:
-    """Read which replicas the gateway asks now."""
-    return frozenset(address for address, one in gateway.state(here())["replicas"].items() if one["ready"])
-
-
 @contextmanager
 def watched() -> Iterator[Watch]:
     """Look at the gateway all the time."""
-    watch, ended = Watch(), threading.Event()
+    states = Watch()
 
     def look() -> None:
-        while not ended.wait(LOOK_S):
-            ready = asked()
-            watch.samples.append((time.monotonic(), ready))
+        ready = watch.asked()
+        states.samples.append((time.monotonic(), ready))
 
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield watch
-    finally:
-        ended.set()
-        thread.join()
+    with watch.looking(look, LOOK_S):
+        yield states
 
 
 def start(platform: LocalPlatform, version: str) -> float:
     """Seconds until a second replica is asked; it is gone again afterwards."""
     (old,) = platform.status().replicas[version]
-    with watched() as watch:
+    with watched() as states:
         began = time.monotonic()
         platform.scale(version, 2, 60)
         (new,) = {one.address for one in platform.status().replicas[version]} - {old.address}
-        until(lambda: watch.first(asked=True, address=new, since=began) < float("inf"))
+        until(lambda: states.first(asked=True, address=new, since=began) < float("inf"))
     platform.scale(version, 1, 60)
-    return watch.first(asked=True, address=new, since=began) - began
+    return states.first(asked=True, address=new, since=began) - began
 
 
 def suffer(platform: LocalPlatform, port: int, fault: Fault, number: int) -> Round:
@@ -146,15 +133,15 @@ def suffer(platform: LocalPlatform, port: int, fault: Fault, number: int) -> Rou
     due = load.poisson(RATE_RPS, SECONDS, seed=number)
     requests = [load.post("/v1/recommend", sample["request"]) for sample in stand.samples()]
     hurting = threading.Thread(target=hurt)
-    with watched() as watch:
+    with watched() as states:
         began = time.monotonic()
         hurting.start()
         seen = load.open_loop(("127.0.0.1", port), requests, due)
         hurting.join()
-        until(lambda: len(asked()) == 2, 60)
+        until(lambda: len(watch.asked()) == 2, 60)
     broken, healed = at
-    out = watch.first(asked=False, address=victim.address, since=broken)
-    again = watch.first(asked=True, address=victim.address, since=out)
+    out = states.first(asked=False, address=victim.address, since=broken)
+    again = states.first(asked=True, address=victim.address, since=out)
     if fault is Fault.STALL and again < healed:
         out = float("inf")
     print(f"{fault}: out {out - broken:.3f} s, asked again {again - broken:.2f} s; {seen}", file=sys.stderr)

@@ -15,7 +15,6 @@ import json
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,14 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import load
+from benchmarks import load, watch
 from benchmarks.claims import Claim, tell
 from slipway import loopback
 from slipway.config import DeployParams
 from slipway.errors import PlatformError
 from slipway.platforms.base import Routing
-from slipway.platforms.local import gateway
-from slipway.platforms.local.layout import here
 from tests.platforms import stand
 from tests.platforms.stand import Here
 from tests.scaling import policies
@@ -118,15 +115,12 @@ def measured(up: Here) -> list[Claim]:
 def alone(up: Here) -> None:
     """Wait until one replica serves, and no alert is left."""
     deadline = time.monotonic() + 90
-    while len(ready()) != 1 or firing(up):
+    while len(watch.asked()) != 1 or firing(up):
         if time.monotonic() > deadline:
-            raise PlatformError(f"{len(ready())} replicas serve in the calm, alerts {firing(up)}; see autoscaler.log")
+            raise PlatformError(
+                f"{len(watch.asked())} replicas serve in the calm, alerts {firing(up)}; see autoscaler.log"
+            )
         time.sleep(0.2)
-
-
-def ready() -> list[str]:
-    """Addresses that the gateway asks."""
-    return [address for address, seen in gateway.state(here())["replicas"].items() if seen["ready"]]
 
 
 def firing(up: Here) -> bool:
@@ -139,22 +133,16 @@ def firing(up: Here) -> bool:
 @contextmanager
 def watched(up: Here) -> Iterator[Sight]:
     """See alert and replica come, twenty times a second."""
-    ended, sight = threading.Event(), Sight()
+    sight = Sight()
 
-    def watch() -> None:
-        while not ended.wait(0.05):
-            if "alert" not in sight.moments and firing(up):
-                sight.saw("alert")
-            if len(ready()) > 1:
-                sight.saw("ready")
+    def look() -> None:
+        if "alert" not in sight.moments and firing(up):
+            sight.saw("alert")
+        if len(watch.asked()) > 1:
+            sight.saw("ready")
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
+    with watch.looking(look, 0.05):
         yield sight
-    finally:
-        ended.set()
-        thread.join()
 
 
 def surge(up: Here, address: load.Address, most: float, seed: int) -> Surge:
@@ -181,7 +169,7 @@ def surge(up: Here, address: load.Address, most: float, seed: int) -> Surge:
 def taken_away(address: load.Address, most: float, seed: int) -> tuple[int, int, bool]:
     """A light load until the second replica is gone: requests, failed ones, whether it is gone."""
     seen = load.open_loop(address, requests(), load.poisson(CALM / 2 * most, IN_S, seed + 200))
-    return len(seen.due_s), len(seen.due_s) - seen.statuses.get(200, 0), len(ready()) == 1
+    return len(seen.due_s), len(seen.due_s) - seen.statuses.get(200, 0), len(watch.asked()) == 1
 
 
 def _p99_ms(seen: load.Seen, chosen: Any) -> float:
