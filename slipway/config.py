@@ -572,6 +572,11 @@ class Params(Section):
     model: Section = Field(Section(), exclude=True)
     """The section of the chosen workload; in the file it bears the workload's name."""
 
+    @property
+    def autoscales(self) -> bool:
+        """Whether the champion's replicas follow a policy; pools have numbers of their own."""
+        return self.deploy.autoscaling is not None and not self.pools.kinds
+
 
 def home() -> Path:
     """The one folder of the checkout that holds all state; a DAG run's workspace points to the checkout's own."""

@@ -39,8 +39,9 @@ def run(params: Params, report: Report) -> None:
         _sweep(platform, routing, {version, history.previous(params.workload)})
         path, samples = replay.samples(params.workload, version)
         limits = params.deploy
-        # Whom it may replace was scaled by the load, which will be its own.
-        count = max(limits.replicas, platform.status().wanted.get(routing.champion or "", 0))
+        count = limits.replicas
+        if params.autoscales:  # whom it may replace was scaled by the load, which will be its own
+            count = max(count, platform.status().wanted.get(routing.champion or "", 0))
         log.info("deploying version=%s replicas=%d champion=%s", version, count, routing.champion)
         platform.deploy(params.workload, version, count, limits.ready_timeout_s)
         replicas = platform.status().replicas[version]

@@ -132,7 +132,7 @@ def _gateway(layout: Layout, checkout: Path, params: Params) -> Service:
 def _prometheus(layout: Layout, checkout: Path, params: Params) -> Service:
     folder, port = layout.folder("prometheus"), params.stack.prometheus_port
     rules = checkout / "infra" / "prometheus" / "rules"
-    values = {**params.stack.model_dump(), "autoscales": autoscales(params), "targets": layout.targets, "rules": rules}
+    values = {**params.stack.model_dump(), "autoscales": params.autoscales, "targets": layout.targets, "rules": rules}
     text = _template(checkout / "infra" / "prometheus" / "prometheus.yml.j2", values)
     command = [find("prometheus") or "prometheus", f"--config.file={folder}/prometheus.yml"]
     command += [f"--storage.tsdb.path={folder}/data", f"--web.listen-address={HOST}:{port}", "--log.level=warn"]
@@ -143,7 +143,7 @@ def _prometheus(layout: Layout, checkout: Path, params: Params) -> Service:
 
 def _alertmanager(layout: Layout, checkout: Path, params: Params) -> Service:
     folder, port = layout.folder("alertmanager"), params.stack.alertmanager_port
-    values = {**params.stack.model_dump(), "autoscales": autoscales(params)}
+    values = {**params.stack.model_dump(), "autoscales": params.autoscales}
     text = _template(checkout / "infra" / "prometheus" / "alertmanager.yml.j2", values)
     command = [find("prometheus-alertmanager") or find("alertmanager") or "alertmanager"]
     command += [f"--config.file={folder}/alertmanager.yml", f"--storage.path={folder}/data", "--log.level=warn"]
@@ -176,13 +176,8 @@ def _page(layout: Layout, checkout: Path, python: str, params: Params) -> Servic
     return _web(Program("page", command, checkout, environment), port, "stack.page_port", "/", start_s=60)
 
 
-def autoscales(params: Params) -> bool:
-    """Whether the champion's replicas follow a policy; pools have numbers of their own."""
-    return params.deploy.autoscaling is not None and not params.pools.kinds
-
-
 def _autoscaler(checkout: Path, python: str, params: Params) -> list[Service]:
-    if params.deploy.autoscaling is None or not autoscales(params):
+    if params.deploy.autoscaling is None or not params.autoscales:
         return []
     port, policy = params.stack.autoscaler_port, checkout / params.deploy.autoscaling
     command = [python, "-m", "slipway.scaling", "--port", str(port)]
