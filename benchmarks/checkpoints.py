@@ -26,6 +26,7 @@ import numpy as np
 
 from benchmarks.claims import Claim, tell
 from benchmarks.communication import synthetic
+from slipway import trained
 from slipway.config import TrainParams
 from slipway.errors import TransientError
 from slipway.training import checkpoints, loop, order, processes, trainer
@@ -122,7 +123,7 @@ def run(job: loop.Job, killed: bool = False, then: int | None = None) -> End:
             training = pool.submit(loop.train, job)
         state = training.result()
     seconds = time.monotonic() - began
-    with np.load(job.out / trainer.WEIGHTS) as stored:
+    with np.load(job.out / trained.WEIGHTS) as stored:
         weights = {name: stored[name].tobytes() for name in stored.files}
     return End([point.loss for point in state.curve], state.best.metric, weights, seconds)
 

@@ -39,7 +39,7 @@ import torch
 from benchmarks import load, questions
 from benchmarks.claims import Claim, tell
 from benchmarks.serving.sides import Running
-from slipway import artifacts, package
+from slipway import package, trained
 from slipway.compression import build, recipes, search
 from slipway.config import CacheParams, Params, ServeParams
 from slipway.platforms.base import Routing
@@ -117,11 +117,8 @@ def rankers(folder: Path) -> dict[str, Path]:
     torch.manual_seed(SEED)
     params = RankerParams(width=128, blocks=2, max_length=questions.LONGEST)
     weights = {name: value.detach().numpy() for name, value in Ranker(questions.ITEMS, params).named_parameters()}
-    trained = folder / "trained"
-    trained.mkdir()
-    np.savez(trained / "weights.npz", **weights)  # type: ignore[arg-type]  # the stub takes the arrays for allow_pickle
-    artifacts.write_json(trained / "model.json", params.model_dump())
-    export = Export(folder / "data", trained)
+    trained.write(folder / "trained", "ranker", weights, params.model_dump())
+    export = Export(folder / "data", folder / "trained")
     models = {recipes.FULL: export.fp32(), recipes.parse("int8"): build.calibrated(export, 512, SEED)}
     found = search.fastest(search.forms(models, search.usable("auto"), export, SEED))
     return {form.recipe.name: _sealed(form, export, folder / form.recipe.name) for form in found}

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from slipway import artifacts
+from slipway import artifacts, trained
 from slipway.config import Params, TrainParams
-from slipway.training import loop, trainer
+from slipway.training import loop
 from slipway.workloads.base import Array, Task, Tensors
 
 if TYPE_CHECKING:
@@ -149,7 +147,7 @@ class Tuner:
             start: what it starts from.
         """
         out = self.work / name
-        if not (out / trainer.MODEL).exists():
+        if not (out / trained.MODEL).exists():
             checkpoints = self.work / f"{name}.checkpoints"
             with artifacts.writing(out) as beside:
                 loop.train(
@@ -164,9 +162,9 @@ class Tuner:
                     )
                 )
             loop.forget(checkpoints)
-        with np.load(out / trainer.WEIGHTS, allow_pickle=False) as stored:
-            weights = {key.rpartition(PREFIX)[2]: value for key, value in stored.items() if PREFIX in key}
-        return Trained(weights, artifacts.read_json(out / trainer.MODEL)[PLACES])
+        stored, about = trained.read(out, self.params.workload)
+        weights = {key.rpartition(PREFIX)[2]: value for key, value in stored.items() if PREFIX in key}
+        return Trained(weights, about[PLACES])
 
     def schedule(self) -> TrainParams:
         """The workload's training, shorter and slower, by one process: ranges that are learned are not averaged."""

@@ -16,7 +16,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import partial
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slipway import artifacts, progress
+from slipway import artifacts, progress, trained
 from slipway.training import agreement, checkpoints, live, order, processes, watch
 from slipway.training.guard import Guard
 from slipway.training.loader import Loader
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 WARMUP = 0.05  # share of the training in which the learning rate rises
 FLOOR = 0.02  # share of the peak that the cosine ends at
 
-WEIGHTS, MODEL = "weights.npz", "model.json"
 FIGURES = ("loss", "metric", "seconds", "samples_per_s")  # of a point of the learning curve, as curve/KEY in MLflow
 UNIVERSAL = ".universal"  # a checkpoint converted for another number of processes, until it is loaded
 
@@ -252,7 +251,7 @@ class Trainer:
         for name, kept in self.kept.items():
             files[f"{name}-{self.rank}.pt"] = partial(self.torch.save, self.snapshots.copied(kept.state_dict()))
         if self.rank == 0:
-            files["best.npz"] = partial(_save, self.best)
+            files["best.npz"] = partial(trained.save, self.best)
         return files
 
     def _load(self, folder: Path) -> None:
@@ -274,10 +273,7 @@ class Trainer:
             shutil.rmtree(folder)
 
     def _write(self) -> None:
-        out = self.job.out
-        out.mkdir(parents=True, exist_ok=True)
-        _save(self.best, out / WEIGHTS)
-        artifacts.write_json(out / MODEL, {"workload": self.job.workload, **self.task.about()})
+        trained.write(self.job.out, self.job.workload, self.best, self.task.about())
 
 
 def _task(job: Job) -> Task:
@@ -302,7 +298,3 @@ def _number(state: Path) -> int:
 
 def _mixed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _save(arrays: Mapping[str, Array], path: Path) -> None:
-    np.savez(path, **arrays)  # type: ignore[arg-type]  # the stub takes them for allow_pickle

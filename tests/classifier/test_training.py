@@ -21,7 +21,8 @@ from slipway.compression import engine
 from slipway.config import TrainParams
 from slipway.errors import ModelError, RequestError
 from slipway.reporting import Chapter, Plot, write_html
-from slipway.training import checkpoints, loop, trainer
+from slipway.trained import WEIGHTS
+from slipway.training import checkpoints, loop
 from slipway.workloads.classifier import images, scoring
 from slipway.workloads.classifier.augmentation import view
 from slipway.workloads.classifier.export import Export, muddle, replay
@@ -76,7 +77,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def weights(folder: Path) -> dict[str, bytes]:
-    with np.load(folder / trainer.WEIGHTS, allow_pickle=False) as stored:
+    with np.load(folder / WEIGHTS, allow_pickle=False) as stored:
         return {name: stored[name].tobytes() for name in stored.files}
 
 

@@ -7,13 +7,12 @@ import logging
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from slipway import artifacts, package
+from slipway import package, trained
 from slipway.compression import search
 from slipway.config import CompressParams, Params
 from slipway.errors import ModelError, ParamsError
@@ -40,10 +39,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("SLIPWAY_HOME", str(folder / "home"))
         data.write(Path("data/ingest"), data.steps(users=200, items=ITEMS))
         torch.manual_seed(0)
-        weights: Any = {name: value.detach().numpy() for name, value in Ranker(ITEMS, RANKER).named_parameters()}
-        Path("models/trained").mkdir(parents=True)
-        np.savez("models/trained/weights.npz", **weights)
-        artifacts.write_json(Path("models/trained/model.json"), {"items": ITEMS, **RANKER.model_dump()})
+        weights = {name: value.detach().numpy() for name, value in Ranker(ITEMS, RANKER).named_parameters()}
+        trained.write(Path("models/trained"), "ranker", weights, RANKER.model_dump())
         report = Report("compress")
         compress.run(Params(model=RANKER, compress=CompressParams(engine="inductor")), report)
         report.save("done")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from slipway import artifacts, config, package
+from slipway import artifacts, config, package, trained
 from slipway.compression import gate, memory, pareto, recipes, search
 from slipway.compression.pareto import Variant
 from slipway.config import CompressParams, Params
@@ -44,10 +44,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         data.write(Path("data/ingest"), data.steps(users=600, items=300))
         torch.manual_seed(0)
         model = Ranker(300, RANKER)
-        weights: Any = {name: value.detach().numpy() for name, value in model.named_parameters()}
-        Path("models/trained").mkdir(parents=True)
-        np.savez("models/trained/weights.npz", **weights)
-        artifacts.write_json(Path("models/trained/model.json"), {"items": 300, **RANKER.model_dump()})
+        weights = {name: value.detach().numpy() for name, value in model.named_parameters()}
+        trained.write(Path("models/trained"), "ranker", weights, RANKER.model_dump())
         report = Report("compress")
         compress.run(PARAMS, report)
         report.save("done")

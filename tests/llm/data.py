@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from slipway import artifacts, config
+from slipway import artifacts, config, trained
 from slipway.workloads.llm import corpus
+from slipway.workloads.llm.export import Export
 from slipway.workloads.llm.ingest import ingest
+from slipway.workloads.llm.model import LanguageModel, describe
 
 WORDS = ("red", "green", "blue", "one", "two", "three", "cat", "dog", "tree")
 
@@ -45,3 +47,11 @@ def read(given: config.Params, out: Path) -> corpus.Corpus:
     with artifacts.writing(out) as beside:
         ingest(given, beside, {})
     return corpus.load(out)
+
+
+def export(model: LanguageModel, held: corpus.Corpus, trained_in: Path, context_length: int) -> Export:
+    """Write a model as `train` does, and load it as `compress` does."""
+    weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
+    about = {**describe(model), "context_length": context_length, "end": held.meta["end"]}
+    trained.write(trained_in, "llm", weights, about)
+    return Export(held.folder, trained_in)

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipway import artifacts
 from slipway.compression import engine
 from slipway.workloads.llm import scoring
 from slipway.workloads.llm.export import Export, replay
@@ -122,11 +121,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
     ingested = data.read(data.params(data.folder(place / "texts")), place / "out")
     torch.manual_seed(0)
     made = make(TINY, ingested.vocabulary, ingested.meta["end"])
-    (place / "trained").mkdir()
-    np.savez(place / "trained" / "weights.npz", **weights(made))
-    known = {**describe(made), "context_length": TINY.context_length, "end": ingested.meta["end"]}
-    artifacts.write_json(place / "trained" / "model.json", known)
-    return Export(ingested.folder, place / "trained")
+    return data.export(made, ingested, place / "trained", TINY.context_length)
 
 
 def test_scores_are_those_of_a_naive_loop_and_of_another_tokenizer_of_the_same_text(

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,7 +14,7 @@ from slipway import artifacts
 from slipway.config import TrainParams
 from slipway.errors import ModelError
 from slipway.workloads.llm import corpus, pretrained
-from slipway.workloads.llm.model import describe, make
+from slipway.workloads.llm.model import make
 from slipway.workloads.llm.params import LlmParams
 from slipway.workloads.llm.training import LlmTask
 from tests.llm import data
@@ -37,9 +36,7 @@ def saved(ingested: corpus.Corpus, tmp_path_factory: pytest.TempPathFactory) -> 
     model = make(TINY, ingested.vocabulary, ingested.meta["end"])
     with torch.no_grad():
         model.model.layers[1].mlp.gate.e_score_correction_bias.normal_()
-    (place / "trained").mkdir()
-    np.savez(place / "trained" / "weights.npz", **{n: v.detach().numpy() for n, v in model.state_dict().items()})
-    artifacts.write_json(place / "trained" / "model.json", describe(model))
+    data.export(model, ingested, place / "trained", TINY.context_length)
     pretrained.write(place / "trained", ingested.folder, place / "folder")
     return place / "folder"
 

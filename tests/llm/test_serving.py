@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from benchmarks.bad_candidate import permute
-from slipway import artifacts, package
+from slipway import package
 from slipway.compression import engine
 from slipway.errors import ModelError, RequestError
 from slipway.serving import model as models
-from slipway.workloads.llm.export import Export
-from slipway.workloads.llm.model import describe, make
+from slipway.workloads.llm.model import make
 from slipway.workloads.llm.schema import LlmEndpoint
 from tests.llm import data
 from tests.llm.test_training import TINY
@@ -37,13 +36,8 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    trained, folder = place / "trained", place / "package"
-    trained.mkdir()
+    export, folder = data.export(model, ingested, place / "trained", TINY.context_length), place / "package"
     folder.mkdir()
-    np.savez(trained / "weights.npz", **{name: v.detach().numpy() for name, v in model.state_dict().items()})
-    known = {**describe(model), "context_length": TINY.context_length, "end": ingested.meta["end"]}
-    artifacts.write_json(trained / "model.json", known)
-    export = Export(ingested.folder, trained)
     export.files(folder)
     (folder / package.MODEL).write_bytes(export.fp32())
     names, golden = [spec.name for spec in export.outputs], dict(export.golden())

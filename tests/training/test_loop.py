@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from slipway import trained
 from slipway.config import TrainParams
 from slipway.errors import SlipwayError, TransientError
 from slipway.training import checkpoints, loop, processes, trainer
@@ -30,7 +31,7 @@ def job(folder: Path, **turned: object) -> loop.Job:
 
 
 def weights(folder: Path) -> dict[str, bytes]:
-    with np.load(folder / trainer.WEIGHTS, allow_pickle=False) as stored:
+    with np.load(folder / trained.WEIGHTS, allow_pickle=False) as stored:
         return {name: stored[name].tobytes() for name in stored.files}
 
 
@@ -50,7 +51,7 @@ def test_a_run_that_was_killed_ends_bit_for_bit_like_one_that_was_not(tmp_path: 
     stage.join()
     resumed = checkpoints.newest(killed.checkpoints)
     assert resumed is not None, "no checkpoint was written before the kill"
-    assert not (killed.out / trainer.MODEL).exists()
+    assert not (killed.out / trained.MODEL).exists()
     again = loop.train(killed)
 
     assert [(p.loss, p.metric) for p in again.curve] == [(p.loss, p.metric) for p in state.curve]

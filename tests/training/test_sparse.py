@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from slipway import config
 from slipway.config import SparseParams
 from slipway.errors import ParamsError
-from slipway.training import checkpoints, loop, sparse, trainer
+from slipway.training import checkpoints, loop, sparse
 from slipway.training.sparse import Rows, Sparse
 from tests.training.test_loop import job, weights
 
@@ -295,7 +295,7 @@ def test_a_killed_sparse_run_ends_bit_for_bit_like_one_that_was_not(tmp_path: Pa
     stage.join()
     resumed = checkpoints.newest(killed.checkpoints)
     assert resumed is not None, "no checkpoint was written before the kill"
-    assert not (killed.out / trainer.MODEL).exists()
+    assert not (killed.out / "model.json").exists()
     again = loop.train(killed)
     assert [(p.loss, p.metric) for p in again.curve] == [(p.loss, p.metric) for p in state.curve]
     assert weights(killed.out) == weights(whole.out)

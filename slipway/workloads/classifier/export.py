@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import base64
-import zipfile
 from collections.abc import Iterator, Mapping
 from copy import copy
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from slipway import artifacts
+from slipway import artifacts, trained
 from slipway.errors import ModelError
 from slipway.package import TensorSpec
 from slipway.workloads.base import Array, Tensors
@@ -41,21 +40,14 @@ class Export:
     served = ("probabilities",)
     """Outputs that an ordinary request fetches."""
 
-    def __init__(self, data: Path, trained: Path) -> None:
+    def __init__(self, data: Path, folder: Path) -> None:
         self.data = images.load(data)
-        self.about = artifacts.read_json(trained / "model.json")
-        try:
-            with (trained / "weights.npz").open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-                named = {name.removeprefix("network."): value for name, value in stored.items()}
-            classes = len(named["fc.bias"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise ModelError(
-                f"{trained}/weights.npz: torn or no model ({error}); run `python -m tasks.train`"
-            ) from error
-        self.weights = named
+        weights, self.about = trained.read(folder, "classifier")
+        self.weights = {name.removeprefix("network."): value for name, value in weights.items()}
+        classes = len(self.weights["fc.bias"])
         self.side = int(self.about["image_size"])
         if tuple(self.about["classes"]) != self.data.classes or self.side != self.data.image_size:
-            raise ModelError(f"{trained}: made from other data than {data}; run `python -m tasks.train`")
+            raise ModelError(f"{folder}: made from other data than {data}; run `python -m tasks.train`")
         self.inputs = (TensorSpec(IMAGE, "uint8", (None, self.side, self.side, 3)),)
         self.outputs = (
             TensorSpec("probabilities", "float32", (None, classes)),

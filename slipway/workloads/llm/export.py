@@ -3,7 +3,6 @@
 # B batch, T time
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from slipway import artifacts
+from slipway import artifacts, trained
 from slipway.errors import ModelError
 from slipway.package import TensorSpec
 from slipway.workloads.base import Tensors
@@ -33,19 +32,12 @@ class Export:
     served = ("next", "log_probs")
     """Outputs that an ordinary request fetches."""
 
-    def __init__(self, data: Path, trained: Path) -> None:
+    def __init__(self, data: Path, folder: Path) -> None:
         self.data = corpus.load(data)
-        self.about = artifacts.read_json(trained / "model.json")
-        try:
-            with (trained / "weights.npz").open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-                self.weights = dict(stored)
-            vocabulary = len(self.weights["lm_head.weight"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise ModelError(
-                f"{trained}/weights.npz: torn or no model ({error}); run `python -m tasks.train`"
-            ) from error
+        self.weights, self.about = trained.read(folder, "llm")
+        vocabulary = len(self.weights["lm_head.weight"])
         if vocabulary < self.data.vocabulary or self.about["end"] != self.data.meta["end"]:
-            raise ModelError(f"{trained}: made from other data than {data}; run `python -m tasks.train`")
+            raise ModelError(f"{folder}: made from other data than {data}; run `python -m tasks.train`")
         self.length = int(self.about["context_length"])
         shown = min(SHOWN, vocabulary)
         self.outputs = (

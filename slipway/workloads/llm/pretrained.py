@@ -9,36 +9,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from slipway import artifacts
-from slipway.errors import ModelError, SlipwayError
+from slipway import artifacts, trained
+from slipway.errors import SlipwayError
 from slipway.workloads.llm import corpus
 from slipway.workloads.llm.tokenizer import TOKENIZER
 
 
-def write(trained: Path, data: Path, out: Path) -> None:
-    """Write the model of `trained`, with the tokenizer of `data`, into the folder `out`, whole or not at all.
+def write(folder: Path, data: Path, out: Path) -> None:
+    """Write what `train` left in `folder`, with the tokenizer of `data`, into the folder `out`, whole or not at all.
 
     Raises:
         ModelError: the trained model is missing, torn, or another workload's.
     """
-    about, held = artifacts.read_json(trained / "model.json"), corpus.load(data)
-    if "config" not in about:
-        raise ModelError(
-            f"{trained}: no model of the workload llm; set `workload: llm` and run `python -m tasks.train`"
-        )
+    weights, about = trained.read(folder, "llm")
+    held = corpus.load(data)
     model = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(about["config"]))
-    try:
-        with np.load(trained / "weights.npz", allow_pickle=False) as stored:
-            model.load_state_dict({name: torch.from_numpy(stored[name]) for name in stored.files})
-    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        raise ModelError(f"{trained}/weights.npz: torn or no model ({error}); run `python -m tasks.train`") from error
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
     tokens = held.tokenizer()
     with artifacts.writing(out) as beside:
         model.save_pretrained(beside)

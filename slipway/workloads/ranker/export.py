@@ -3,7 +3,6 @@
 # B batch, T time, U users
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slipway import artifacts
+from slipway import artifacts, trained
 from slipway.errors import ModelError
 from slipway.package import TensorSpec
 from slipway.workloads.base import Tensors
@@ -36,20 +35,12 @@ class Export:
     served = ("items", "scores")
     """Outputs that an ordinary request fetches."""
 
-    def __init__(self, data: Path, trained: Path) -> None:
+    def __init__(self, data: Path, folder: Path) -> None:
         self.data = sequences.load(data)
-        about = artifacts.read_json(trained / "model.json")
+        self.weights, about = trained.read(folder, "ranker")
         self.params = RankerParams.model_validate({k: about[k] for k in RankerParams.model_fields})
-        try:
-            with (trained / "weights.npz").open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-                self.weights = dict(stored)
-            shape = self.weights["item.weight"].shape
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise ModelError(
-                f"{trained}/weights.npz: torn or no model ({error}); run `python -m tasks.train`"
-            ) from error
-        if shape != (self.data.item_count + 1, self.params.width):
-            raise ModelError(f"{trained}: made from other data than {data}; run `python -m tasks.train`")
+        if self.weights["item.weight"].shape != (self.data.item_count + 1, self.params.width):
+            raise ModelError(f"{folder}: made from other data than {data}; run `python -m tasks.train`")
         shown = min(100, self.data.item_count)
         self.outputs = (
             TensorSpec("items", "int64", (None, shown)),
