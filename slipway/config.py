@@ -367,7 +367,7 @@ class ServeParams(Section):
     history_events: Annotated[int, Field(ge=1, le=10_000)] = 500
     """Newest events that are kept of a user; older ones may be recommended again (1..10000)."""
     rotate_s: Annotated[float, Field(ge=1, le=86_400)] = 300.0
-    """Age at which a journal of events becomes a Parquet file (s, 1..86400)."""
+    """Age at which a journal of events joins the log's Parquet files (s, 1..86400)."""
 
 
 class GatewayParams(Section):

@@ -1,6 +1,7 @@
 """The log of what users did: journals that replicas append to, and the Parquet files of the next release's data.
 
-    FOLDER/events-ID.parquet    user, item (text), time (UTC), id (text), at: when it arrived (UTC); each event once
+    FOLDER/events-ID.parquet    user, item (text), time (UTC), id (text), at: when it arrived (UTC); each event once;
+                                some `FILE_BYTES` long, but for the one that is growing
     FOLDER/journals/ID.open     lines [user, item, time, id, at], written by one replica
     FOLDER/journals/ID.closed   the same, which nobody writes any more
     FOLDER/forgotten/HASH       a user who was removed, by SHA-256, and when; `.pending` until it is done
@@ -22,6 +23,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -34,6 +36,8 @@ from slipway import artifacts
 
 SEGMENT_BYTES = 16 * 2**20
 """A journal that is so long is closed by its writer: it is turned to Parquet in memory."""
+FILE_BYTES = 8 * 2**20
+"""A Parquet file that is so long is full. Such a one holds half a million events; to add a journal takes 0.4 s."""
 WINDOW_S = 86_400
 """For so long an id is not accepted twice, and earlier events of a removed user are refused when they come."""
 GRACE_S = 10.0
@@ -183,16 +187,41 @@ def _pending(folder: Path) -> Iterator[Path]:
     return forgotten(folder).glob(f"*{PENDING}")
 
 
-def sweep(folder: Path, age_s: float = -GRACE_S, step: Callable[[str], None] = lambda _: None) -> Swept:
-    """Turn closed journals, and open ones of dead replicas (older than `age_s`; any by default), into Parquet files.
+def sweep(
+    folder: Path, age_s: float = -GRACE_S, step: Callable[[str], None] = lambda _: None, full: int = FILE_BYTES
+) -> Swept:
+    """Move closed journals, and open ones of dead replicas (older than `age_s`; any by default), into Parquet files.
 
-    One at a time: a second caller waits. `step` is told of every step before it is done.
+    One at a time: a second caller waits. `step` is told of every step before it is done; a file of `full` bytes or more
+    grows no further.
 
     Raises:
         OSError: the disk is full or broken; nothing is lost, call it again.
     """
     with _alone(folder):
-        return _sweep(folder, age_s, step)
+        return _sweep(folder, age_s, step, full)
+
+
+def snapshot(folder: Path, into: Path) -> Path:
+    """Sweep, then give `into`, a new folder, all files of the log but its journals and marks, as they are now.
+
+    A file of the log is never written again, only replaced: links to them suffice, on the same file system.
+
+    Raises:
+        OSError: the disk is full or broken.
+    """
+    own = {journals(folder), forgotten(folder)}
+    with _alone(folder):
+        _sweep(folder, -GRACE_S, lambda _: None, FILE_BYTES)
+        for path in folder.rglob("*"):
+            if path.is_file() and path.parent not in own:
+                target = into / path.relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(path, target)
+                except OSError:  # another file system
+                    shutil.copyfile(path, target)
+    return into
 
 
 def forget(folder: Path, user: str, step: Callable[[str], None] = lambda _: None) -> Swept:
@@ -204,7 +233,7 @@ def forget(folder: Path, user: str, step: Callable[[str], None] = lambda _: None
         step("mark")
         mark = forgotten(folder) / f"{_hash(user)}{PENDING}"
         artifacts.write_json(mark, {"at": time.time_ns() // 1000})
-        return _sweep(folder, -GRACE_S, step)
+        return _sweep(folder, -GRACE_S, step, FILE_BYTES)
 
 
 def tell(events: Sequence[Event]) -> list[Event]:
@@ -220,23 +249,21 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _sweep(folder: Path, age_s: float, step: Callable[[str], None]) -> Swept:
+def _sweep(folder: Path, age_s: float, step: Callable[[str], None], full: int) -> Swept:
     gone = _gone(folder)
     for path in sorted(_dead(folder, age_s)):
         step("close")
         _close(path)
     added = removed = 0
     for journal in sorted(journals(folder).glob(f"*{CLOSED}")):
-        target = folder / f"events-{journal.stem}.parquet"
-        if not target.exists():  # else the last sweep was killed before its last step
-            events = list(_read(journal))
-            kept = [event for event in events if event.at > gone.get(_hash(event.user), -1)] if gone else events
-            removed += len(events) - len(kept)
-            kept = _unknown(folder, tell(kept))
-            added += len(kept)
-            if kept:
-                step("write")
-                _write(target, kept)
+        events = list(_read(journal))
+        kept = [event for event in events if event.at > gone.get(_hash(event.user), -1)] if gone else events
+        removed += len(events) - len(kept)
+        kept = _unknown(folder, tell(kept))  # all are known if the last sweep was killed before its last step
+        added += len(kept)
+        if kept:
+            step("write")
+            _add(_growing(folder, full) or folder / f"events-{journal.stem}.parquet", kept)
         step("remove")
         journal.unlink()
     return Swept(added, removed + _remove_pending(folder, step))
@@ -293,13 +320,20 @@ def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("events-*.parquet"))
 
 
-def _write(target: Path, events: list[Event]) -> None:
+def _growing(folder: Path, full: int) -> Path | None:
+    smallest = min(_files(folder), key=lambda path: path.stat().st_size, default=None)
+    return smallest if smallest is not None and smallest.stat().st_size < full else None
+
+
+def _add(target: Path, events: list[Event]) -> None:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     moment = pa.timestamp("us", "UTC")
     types = {"user": pa.string(), "item": pa.string(), "time": moment, "id": pa.string(), "at": moment}
     columns = zip(types.items(), zip(*events, strict=True), strict=True)
-    _replace(target, pa.table({name: pa.array(values, kind) for (name, kind), values in columns}))
+    table = pa.table({name: pa.array(values, kind) for (name, kind), values in columns})
+    _replace(target, pa.concat_tables([pq.read_table(target), table]) if target.exists() else table)
 
 
 def _replace(target: Path, table: Any) -> None:

@@ -5,19 +5,26 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import os
 import resource
 import signal
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import duckdb
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slipway import eventlog
+from slipway.config import IngestParams
 from slipway.eventlog import Event, Journal
+from slipway.workloads.ranker import sources
+from tests.conftest import until
 
 USERS = ("ann", "bob", "c/é")
 
@@ -31,8 +38,12 @@ def event(user: str, number: int) -> Event:
 
 
 def logged(folder: Path) -> list[tuple[str, str]]:
-    rows = [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    rows = [row for path in files(folder) for row in pq.read_table(path).to_pylist()]
     return [(row["user"], row["id"]) for row in rows]
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.parquet"))
 
 
 def swept(folder: Path) -> list[tuple[str, str]]:
@@ -54,7 +65,7 @@ class Killer:
 
 
 WRITE = st.tuples(st.just("write"), st.integers(0, 1), st.lists(st.tuples(st.sampled_from(USERS), st.integers(0, 9))))
-SWEEP = st.tuples(st.just("sweep"), st.none() | st.integers(0, 8))
+SWEEP = st.tuples(st.just("sweep"), st.none() | st.integers(0, 8), st.sampled_from([1, eventlog.FILE_BYTES]))
 FORGET = st.tuples(st.just("forget"), st.sampled_from(USERS), st.none() | st.integers(0, 8))
 
 
@@ -74,7 +85,7 @@ def test_every_event_is_there_once_whatever_is_killed_when(steps: list[tuple[obj
                         writers[number].write(events)  # type: ignore[call-overload]
                     expected |= {(each.user, each.id) for each in events}
                 elif kind == "sweep":
-                    eventlog.sweep(folder, step=Killer(rest[0]))  # type: ignore[arg-type]
+                    eventlog.sweep(folder, step=Killer(rest[0]), full=rest[1])  # type: ignore[arg-type]
                 else:
                     user = str(rest[0])
                     expected = {pair for pair in expected if pair[0] != user}
@@ -86,6 +97,48 @@ def test_every_event_is_there_once_whatever_is_killed_when(steps: list[tuple[obj
             assert len(found) == len(set(found))
         assert sorted(swept(folder)) == sorted(expected)
         assert not list(eventlog.journals(folder).iterdir())
+
+
+def test_journals_are_added_to_one_file_until_it_is_full(tmp_path: Path) -> None:
+    events = [event(os.urandom(16).hex(), number) for number in range(60)]
+    for each in events:
+        Journal(tmp_path).write([each])
+        eventlog.sweep(tmp_path, full=2500)
+    assert sorted(logged(tmp_path)) == sorted((each.user, each.id) for each in events)
+    assert 1 < len(files(tmp_path)) < 10
+    assert all(2500 <= path.stat().st_size < 3000 for path in files(tmp_path)[:-1])
+
+
+def test_ingest_has_each_event_once_whatever_is_written_and_removed_meanwhile(tmp_path: Path) -> None:
+    folder, told, enough = tmp_path / "log", 0, threading.Event()
+
+    def write() -> None:
+        nonlocal told
+        while not enough.is_set():
+            Journal(folder).write([event(os.urandom(16).hex(), told), event("ann", -1 - told)])
+            eventlog.sweep(folder, full=2500)
+            told += 1
+            if told % 5 == 0:
+                eventlog.forget(folder, "ann")  # it rewrites all files
+
+    def read(work: Path) -> None:
+        least = told
+        work.mkdir()
+        scan = sources.open_table(IngestParams(source=str(folder)), work).scan()
+        until(lambda: told > least + 5)
+        query = f"SELECT count(DISTINCT item), count(*) FROM ({scan}) WHERE user <> 'ann'"
+        distinct, found = duckdb.sql(query).fetchall()[0]
+        assert least <= distinct == found <= least + 2
+
+    with ThreadPoolExecutor() as pool:
+        writer = pool.submit(write)
+        try:
+            until(lambda: told)
+            for number in range(12):
+                read(tmp_path / str(number))
+        finally:
+            enough.set()
+        writer.result()
 
 
 def test_a_killed_removal_is_finished_by_the_next_sweep(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Where events come from: a CSV, TSV, Parquet or text table, here or behind a URL, as one SQL query over its rows.
 
 A folder is one table of all the Parquet files under it, in the order of their names. The log of users' events is such a
-folder; what its journals hold is turned to Parquet before it is read, so that every event that was accepted is there.
+folder; what its journals hold is turned to Parquet before it is read, so that every event that was accepted is there,
+and what is read is a snapshot, which neither later events nor removed users change.
 
 What cannot be a table is refused before it is read at length: a missing, empty, truncated or binary file, a wrong
 delimiter, a missing column. A remote source is first copied beside the output, because it is read more than once, and
@@ -61,7 +62,7 @@ class Table:
         path = _literal(self.path)
         row = f"row_number() OVER () + {int(self.header)}"
         if self.format == "parquet":
-            files = ", ".join(_literal(file) for file in (_parquets(self.path) if self.path.is_dir() else [self.path]))
+            files = ", ".join(_literal(file) for file in (_files(self.path) if self.path.is_dir() else [self.path]))
             field, source = "CAST(#{} AS VARCHAR)", f"read_parquet([{files}])"
         elif self.format == "text":
             field, source = "parts[{}]", self._lines(path, row)
@@ -97,7 +98,7 @@ def open_table(ingest: IngestParams, work: Path) -> Table:
     """
     name, form = ingest.source, ingest.format
     if "://" not in name and Path(name).is_dir():
-        return _look_folder(name, Path(name), ingest.columns)
+        return _look_folder(name, Path(name), ingest.columns, work)
     if form == "auto":
         plain = name.removesuffix(".gz").removesuffix(".zst")
         form = ENDINGS.get(Path(plain).suffix.lower(), "")  # type: ignore[assignment]  # checked in the next line
@@ -115,11 +116,18 @@ def open_table(ingest: IngestParams, work: Path) -> Table:
     return _look_parquet(name, path, ingest.columns) if form == "parquet" else _look(name, path, form, ingest.columns)
 
 
-def _look_folder(name: str, folder: Path, columns: Columns) -> Table:
+def _look_folder(name: str, folder: Path, columns: Columns, work: Path) -> Table:
     """Look at every file of a folder: nothing in it is passed over."""
     if eventlog.is_log(folder):
-        eventlog.sweep(folder)
-    tables = [_look_parquet(str(path), path, columns) for path in _parquets(folder)]
+        folder = eventlog.snapshot(folder, work / "log")
+    tables = []
+    for path in _files(folder):
+        own = f"{name}/{path.relative_to(folder)}"
+        if ENDINGS.get(path.suffix.lower()) != "parquet":
+            raise DataError(
+                f"{own}: no Parquet file; a folder must hold nothing else; or set ingest.source to one file"
+            )
+        tables.append(_look_parquet(own, path, columns))
     if not tables:
         raise DataError(f"{name}: a folder without Parquet files; set ingest.source")
     first = tables[0]
@@ -129,26 +137,10 @@ def _look_folder(name: str, folder: Path, columns: Columns) -> Table:
     return Table(name, folder, "parquet", False, first.width, first.user, first.item, first.time)
 
 
-def _parquets(folder: Path) -> list[Path]:
-    """Files under a folder, but for hidden ones and a log's own.
-
-    Raises:
-        DataError: one is no Parquet file.
-    """
-    own = {eventlog.journals(folder), eventlog.forgotten(folder)} if eventlog.is_log(folder) else set()
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and path.parent not in own
-        and not any(p.startswith(".") for p in path.relative_to(folder).parts)
-    ]
-    for path in files:
-        if ENDINGS.get(path.suffix.lower()) != "parquet":
-            raise DataError(
-                f"{path}: no Parquet file; a folder must hold nothing else; or set ingest.source to one file"
-            )
-    return files
+def _files(folder: Path) -> list[Path]:
+    """Files under a folder, but for hidden ones."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def _look_parquet(name: str, path: Path, columns: Columns) -> Table:
