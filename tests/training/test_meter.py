@@ -172,6 +172,15 @@ def test_steps_that_counting_slows_are_left_out_of_the_utilisation() -> None:
     assert told_by.report()["mfu"] == pytest.approx(fast, rel=0.2, abs=6e-5), "their time is left out"
 
 
+def test_a_peak_that_was_measured_while_others_had_the_machine_is_mended() -> None:
+    told_by, _ = meter()
+    told_by.peak /= 1000
+    spoilt = told_by.peak
+    told_by.step(1.0, units=1, norm=1.0, rate=0.1)
+    told_by.sample()
+    assert told_by.peak > 5 * spoilt
+
+
 def test_a_long_run_keeps_a_bounded_history_with_its_end() -> None:
     told_by, told = meter()
     for step in range(5 * KEPT):
