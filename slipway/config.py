@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from slipway.errors import ParamsError
 
 PARAMS_FILE = Path("params.yaml")
+HANDED = "SLIPWAY_PARAMS"
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -576,6 +577,17 @@ class Params(Section):
     def autoscales(self) -> bool:
         """Whether the champion's replicas follow a policy; pools have numbers of their own."""
         return self.deploy.autoscaling is not None and not self.pools.kinds
+
+
+def handed() -> Params:
+    """The parameters that `up` handed to a program of the stack; those of the file where it is run by hand."""
+    given = os.environ.get(HANDED)
+    return Params.model_validate_json(given) if given else load()
+
+
+def hand(params: Params) -> dict[str, str]:
+    """The environment by which a program of the stack gets its parameters."""
+    return {HANDED: params.model_dump_json(by_alias=True)}
 
 
 def home() -> Path:

@@ -14,7 +14,7 @@ import logging
 from slipway import platforms, stage, tracking
 from slipway.config import Params
 from slipway.errors import ParamsError, PlatformError
-from slipway.platforms.base import Platform, Replica, Routing
+from slipway.platforms.base import Platform, Replica, Routing, Status
 from slipway.release import history, replay, state
 from slipway.stage import Report
 
@@ -29,19 +29,20 @@ def run(params: Params, report: Report) -> None:
     version = tracking.resolve(params.workload, _reference())
     platform = platforms.connect(params)
     with state.alone(f"deploy of version {version}"):
-        routing = platform.status().routing
+        before = platform.status()
+        routing = before.routing
         if routing.canary not in (None, version):
             raise PlatformError(
                 f"version {routing.canary} is a canary at weight {routing.canary_weight:g}: let that release end, or "
                 "end it with `python -m tasks.rollback`"
             )
         report["version"], report["champion"] = version, routing.champion
-        _sweep(platform, routing, {version, history.previous(params.workload)})
+        _sweep(platform, before, {version, history.previous(params.workload)})
         path, samples = replay.samples(params.workload, version)
         limits = params.deploy
         count = limits.replicas
         if params.autoscales:  # whom it may replace was scaled by the load, which will be its own
-            count = max(count, platform.status().wanted.get(routing.champion or "", 0))
+            count = max(count, before.wanted.get(routing.champion or "", 0))
         log.info("deploying version=%s replicas=%d champion=%s", version, count, routing.champion)
         platform.deploy(params.workload, version, count, limits.ready_timeout_s)
         replicas = platform.status().replicas[version]
@@ -67,9 +68,9 @@ def _reference() -> str:
     return reference
 
 
-def _sweep(platform: Platform, routing: Routing, kept: set[str | None]) -> None:
+def _sweep(platform: Platform, found: Status, kept: set[str | None]) -> None:
     """Remove what a killed deploy or promotion of another version left."""
-    for version in set(platform.status().replicas) - {routing.champion, routing.canary} - kept:
+    for version in set(found.replicas) - {found.routing.champion, found.routing.canary} - kept:
         log.info("removing a version that nobody uses version=%s", version)
         platform.remove(version)
 

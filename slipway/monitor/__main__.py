@@ -17,7 +17,6 @@ import base64
 import hashlib
 import html
 import json
-import os
 import re
 import sys
 import threading
@@ -186,8 +185,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, required=True, help="port on 127.0.0.1")
     port = parser.parse_args().port
     try:
-        given = os.environ.get("SLIPWAY_PARAMS")
-        params = Params.model_validate_json(given) if given else config.load()
+        params = config.handed()
         ThreadingHTTPServer.daemon_threads = True
         ThreadingHTTPServer((HOST, port), handler(Site(params, here()))).serve_forever()
     except SlipwayError as error:

@@ -165,8 +165,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, required=True, help="port on 127.0.0.1")
     port = parser.parse_args().port
     try:
-        given = os.environ.get("SLIPWAY_PARAMS")
-        params = Params.model_validate_json(given) if given else config.load()
+        params = config.handed()
         if params.deploy.autoscaling is None:
             raise ParamsError("deploy.autoscaling: there is no policy; name a file, such as infra/kubernetes/hpa.yaml")
         bounded = policy.read(Path(params.deploy.autoscaling)).at_most(most(params))

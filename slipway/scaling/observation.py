@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from slipway.platforms.base import Replica
 from slipway.prometheus import Prometheus, Sample
 from slipway.scaling.algorithm import Reading, by_replica, by_share, by_value
-from slipway.scaling.policy import Metric, Policy
+from slipway.scaling.policy import Identifier, Metric, Policy
 
-PROCESSORS = "replica:processor:ratio5s"
+PROCESSORS = Identifier(name="replica:processor:ratio5s")
 """Processors that a replica uses, recorded by infra/prometheus/rules."""
 
 
@@ -44,7 +45,7 @@ def query(metric: Metric, version: str) -> str:
         return metric.pods.metric.query(version=version)
     if metric.external is not None:
         return metric.external.metric.query()
-    return f'{PROCESSORS}{{version="{version}"}}'
+    return PROCESSORS.query(version=version)
 
 
 def reading(metric: Metric, serving: Serving, samples: Sequence[Sample]) -> Reading:
@@ -74,13 +75,8 @@ def reading(metric: Metric, serving: Serving, samples: Sequence[Sample]) -> Read
     values = {sample.labels.get("replica", ""): sample.value / unit for sample in told}
     everybody = [replica.name for replica in serving.replicas]
     asked = by_replica(serving.wanted, target.amount, values, everybody, serving.unready)
-    return Reading(
-        name, _mean({name: value for name, value in values.items() if name in everybody}), target.amount, asked
-    )
-
-
-def _mean(values: Mapping[str, float]) -> float | None:
-    return sum(values.values()) / len(values) if values else None
+    theirs = [values[replica] for replica in everybody if replica in values]
+    return Reading(name, fmean(theirs) if theirs else None, target.amount, asked)
 
 
 def _ask(prometheus: Prometheus, query: str) -> list[Sample]:

@@ -299,6 +299,18 @@ def test_a_second_release_is_refused_while_a_canary_is_out(one: World) -> None:
         one.service.step("canary")
 
 
+def test_a_candidate_takes_over_as_many_replicas_as_the_load_gave_the_champion(one: World) -> None:
+    first, second = one.versions["one"], one.versions["two"]
+    one.service.platform.scale(first, 3, timeout_s=60)
+    policy = one.service.params
+    fixed = policy.model_copy(update={"deploy": policy.deploy.model_copy(update={"autoscaling": None})})
+    for params, replicas in ((policy, 3), (fixed, 2)):
+        one.service.step("deploy", params, version=second)
+        assert one.service.platform.status().wanted == {first: 3, second: replicas}
+        one.service.step("rollback", only_canary=True)
+        one.service.platform.remove(second)
+
+
 def test_a_version_that_fails_its_trial_is_removed_again(one: World) -> None:
     """Its first samples hold items that break it."""
     version = one.versions["failing"]

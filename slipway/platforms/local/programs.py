@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jinja2
 
-from slipway import artifacts, loopback
+from slipway import artifacts, config, loopback
 from slipway.config import Params
 from slipway.errors import PlatformError
 from slipway.platforms.local import airflow, gateway
@@ -114,8 +114,7 @@ def _gateway(layout: Layout, checkout: Path, params: Params) -> Service:
     # nginx does not take over a unix socket that a killed one left.
     sockets = [str(layout.gateway_socket), str(layout.inner_socket)]
     command = ["/bin/sh", "-c", 'rm -f "$1" "$2"; shift 2; exec "$@"', "sh", *sockets, *nginx]
-    revision = {"SLIPWAY_REVISION": artifacts.sha256(checkout / "infra" / "nginx")[:12]}
-    revision |= _revision(text + gateway.revision(params))
+    revision = _code(checkout / "infra" / "nginx") | _revision(text + gateway.revision(params))
     program = Program("gateway", command, folder, revision, stop_signal="QUIT")
     ports = {"stack.gateway_port": params.stack.gateway_port, "stack.metrics_port": params.stack.metrics_port}
 
@@ -171,8 +170,7 @@ def _mlflow(layout: Layout, python: str, params: Params) -> Service:
 def _page(layout: Layout, checkout: Path, python: str, params: Params) -> Service:
     port = params.stack.page_port
     command = [python, "-m", "slipway.monitor", "--port", str(port)]
-    revision = {"SLIPWAY_REVISION": artifacts.sha256(checkout / "slipway" / "monitor")[:12]}
-    environment = {"SLIPWAY_PARAMS": params.model_dump_json(by_alias=True), **revision}
+    environment = config.hand(params) | _code(checkout / "slipway" / "monitor")
     return _web(Program("page", command, checkout, environment), port, "stack.page_port", "/", start_s=60)
 
 
@@ -181,8 +179,8 @@ def _autoscaler(checkout: Path, python: str, params: Params) -> list[Service]:
         return []
     port, policy = params.stack.autoscaler_port, checkout / params.deploy.autoscaling
     command = [python, "-m", "slipway.scaling", "--port", str(port)]
-    revision = _revision(policy.read_text() if policy.is_file() else "")
-    environment = {"SLIPWAY_PARAMS": params.model_dump_json(by_alias=True), "SLIPWAY_LOG_FORMAT": "json", **revision}
+    environment = config.hand(params) | {"SLIPWAY_LOG_FORMAT": "json"} | _code(checkout / "slipway" / "scaling")
+    environment |= _revision(policy.read_text() if policy.is_file() else "")
     program = Program("autoscaler", command, checkout, environment)
     return [_web(program, port, "stack.autoscaler_port", "/health", start_s=60)]
 
@@ -226,6 +224,11 @@ def answers(url: str, timeout_s: float = _HEALTH_TIMEOUT_S) -> bool:
 def _template(path: Path, values: Mapping[str, object]) -> str:
     template = jinja2.Template(path.read_text(), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return str(template.render(values))
+
+
+def _code(folder: Path) -> dict[str, str]:
+    """Let supervisord see that a program's code changed."""
+    return {"SLIPWAY_REVISION": artifacts.sha256(folder)[:12]}
 
 
 def _revision(text: str) -> dict[str, str]:
