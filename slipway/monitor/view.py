@@ -20,6 +20,7 @@ WEIGHT = "slipway_gateway_canary_weight"
 LINES = f'{{__name__=~"track:requests:rate15s|track:request_seconds:p99|track:failed_requests:ratio15s|{WEIGHT}"}}'
 VALUES = (
     '{__name__=~"version:.+|class:requests:rate15s|replica:requests:rate15s|cache:lookups:ratio15s|cache:lookup_seconds:mean15s'
+    "|slipway_autoscaler_(replicas|limit_replicas|metric_.+)"
     '|slipway_gateway_pool_.+|slipway_queue_length|slipway_program_.+|process_resident_memory_bytes|up"}'
 )
 EVENTS = 4
@@ -66,6 +67,7 @@ def view(facts: Facts, params: Params) -> dict[str, Any]:
         "versions": _versions(facts, track_of),
         "cache": _cache(facts),
         "pools": _pools(facts),
+        "scaling": _scaling(facts, routing["champion"]),
         "release": release(facts.events, routing, params.canary.step_weights, facts.at_work),
         "alerts": sorted(map(_alert, facts.alerts), key=lambda a: (a["state"] != "firing", a["severity"], a["name"])),
         "programs": _programs(facts),
@@ -172,6 +174,25 @@ def _pools(facts: Facts) -> list[dict[str, Any]]:
         }
         for name, weight in weights.items()
     ]
+
+
+def _scaling(facts: Facts, champion: str | None) -> dict[str, Any] | None:
+    """What the autoscaler wants, and why; None: there is none, or it did not look yet."""
+    wanted = _by(facts, "slipway_autoscaler_replicas", "version").get(champion or "")
+    if wanted is None:
+        return None
+    bounds = _by(facts, "slipway_autoscaler_limit_replicas", "bound")
+    ratios, asked = (_by(facts, f"slipway_autoscaler_metric_{what}", "metric") for what in ("ratio", "replicas"))
+    most = max((value for value in asked.values() if value is not None), default=None)
+    return {
+        "wanted": wanted,
+        "least": bounds.get("min"),
+        "most": bounds.get("max"),
+        "metrics": [
+            {"name": name, "ratio": ratio, "asks": asked.get(name), "decides": asked.get(name) == most is not None}
+            for name, ratio in ratios.items()
+        ],
+    }
 
 
 def _programs(facts: Facts) -> list[dict[str, Any]]:

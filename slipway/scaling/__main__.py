@@ -58,6 +58,12 @@ class Told:
         self._ratio = Gauge(
             "slipway_autoscaler_metric_ratio", "A metric against its target.", ["metric"], registry=self.registry
         )
+        self._asked = Gauge(
+            "slipway_autoscaler_metric_replicas",
+            "Replicas that a metric asks for: the most that one does count.",
+            ["metric"],
+            registry=self.registry,
+        )
         self._changes = Counter(
             "slipway_autoscaler_changes", "Times that it scaled.", ["direction"], registry=self.registry
         )
@@ -72,12 +78,15 @@ class Told:
         """Tell of a look."""
         self._replicas.clear()
         self._ratio.clear()
+        self._asked.clear()
         if found is None:
             return
         self._replicas.labels(found.serving.version).set(found.decision.replicas)
         for reading in found.readings:
             if reading.value is not None:
                 self._ratio.labels(reading.name).set(reading.value / reading.target)
+            if reading.replicas is not None:
+                self._asked.labels(reading.name).set(reading.replicas)
         if by := found.decision.replicas - found.serving.wanted:
             self._changes.labels("out" if by > 0 else "in").inc()
 

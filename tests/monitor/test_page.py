@@ -31,10 +31,10 @@ NOBODY = {"champion": "3", "canary": None, "weight": 0.0}
 @pytest.fixture(scope="module")
 def shown(here: Here) -> Iterator[str]:
     """Address of the page, while users come."""
-    stack.up(here.params, ["page"], tell=lambda _: None)
-    for version in ("3", "4"):
+    stack.up(here.params, ["page", "autoscaler"], tell=lambda _: None)
+    for version, replicas in (("3", 2), ("4", 1)):  # the policy's least
         stand.publish(version)
-        here.platform.deploy("ranker", version, 1, timeout_s=60)
+        here.platform.deploy("ranker", version, replicas, timeout_s=60)
     history.append("deploy", "ranker", "4", champion="3", replicas=1)
     here.platform.route(Routing("3", "4", 0.25))
     with Replay(here.platform.gateway_url, "/v1/recommend", stand.samples(), rate_rps=40.0):
@@ -52,10 +52,14 @@ def test_the_data_of_the_page_are_those_of_the_service(shown: str, here: Here) -
     now = data(shown)
     assert now["problem"] == ""
     assert now["routing"] == {"champion": "3", "canary": "4", "weight": 0.25}
-    assert [(r["name"], r["track"]) for r in now["replicas"]] == [("ranker-3-1", "champion"), ("ranker-4-1", "canary")]
+    assert [(r["name"], r["track"]) for r in now["replicas"]] == [
+        ("ranker-3-1", "champion"),
+        ("ranker-3-2", "champion"),
+        ("ranker-4-1", "canary"),
+    ]
     assert now["tracks"]["canary"]["rate"][-1] < now["tracks"]["champion"]["rate"][-1] < 100
     assert 0 < now["tracks"]["champion"]["p99_ms"][-1] < 5000
-    assert {p["name"] for p in now["programs"] if p["up"]} == {"gateway", "prometheus", "redis"}
+    assert {p["name"] for p in now["programs"] if p["up"]} == {"autoscaler", "gateway", "prometheus", "redis"}
     assert all(p["memory_bytes"] > 1e6 for p in now["programs"])
 
 
@@ -74,9 +78,13 @@ def test_a_browser_draws_them_and_complains_of_nothing(shown: str, tmp_path: Pat
         assert page.value("[...document.querySelectorAll('#steps .now')].map(e => e.textContent)") == ["25%"]
         assert page.value("[...document.querySelectorAll('#replicas tbody th')].map(e => e.textContent)") == [
             "ranker-3-1",
+            "ranker-3-2",
             "ranker-4-1",
         ]
         assert page.value("document.querySelectorAll('#rate .path').length") == 2
+        page.wait_for("!document.getElementById('scaling-card').hidden")
+        assert "for the champion" in page.value("document.getElementById('scaling-now').textContent")
+        assert "cpu" in page.value("document.getElementById('scaling').textContent")
         assert "champion" in page.value("document.getElementById('rate').getAttribute('aria-label')")
         light = page.value("getComputedStyle(document.body).backgroundColor")
         page.dark()
@@ -125,6 +133,30 @@ def test_pools_and_levels_of_the_cache_are_shown_where_there_are_any() -> None:
     ]
     assert shown["tracks"]["champion"]["rate"] == [None, None]
     json.dumps(shown, allow_nan=False)
+
+
+def test_the_autoscaler_is_shown_with_the_metric_that_decides() -> None:
+    labels = {"metric": "cpu"}, {"metric": "track:request_seconds:p99_5s"}
+    values = [
+        Sample("slipway_autoscaler_replicas", {"version": "3"}, 4),
+        Sample("slipway_autoscaler_limit_replicas", {"bound": "min"}, 2),
+        Sample("slipway_autoscaler_limit_replicas", {"bound": "max"}, 10),
+        Sample("slipway_autoscaler_metric_ratio", labels[0], 0.9),
+        Sample("slipway_autoscaler_metric_ratio", labels[1], 2.0),
+        Sample("slipway_autoscaler_metric_replicas", labels[0], 2),
+        Sample("slipway_autoscaler_metric_replicas", labels[1], 4),
+    ]
+    facts = view.Facts(times=[0, 2], values=values, gateway={"champion": "3", "canary": None, "canary_weight": 0.0})
+    assert view.view(facts, Params())["scaling"] == {
+        "wanted": 4,
+        "least": 2,
+        "most": 10,
+        "metrics": [
+            {"name": "cpu", "ratio": 0.9, "asks": 2, "decides": False},
+            {"name": "track:request_seconds:p99_5s", "ratio": 2.0, "asks": 4, "decides": True},
+        ],
+    }
+    assert view.view(view.Facts(times=[0, 2]), Params())["scaling"] is None
 
 
 def test_who_is_at_work_is_told_as_long_as_he_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
