@@ -13,10 +13,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from slipway import artifacts, config
@@ -29,6 +30,20 @@ _EXITED = re.compile(r"exited with (-?\d+)")  # how DVC tells the exit code of a
 # What DVC advises to do by hand is done when the run closes; in a task's log it would mislead.
 _ADVICE = re.compile(r"To track the changes with git|To enable auto staging|Use `dvc push`|\s+git add |\s+dvc config ")
 _RESTORED = re.compile(r"is cached - skipping run|didn't change, skipping")
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let a SIGTERM, which would end Python on the spot, interrupt the block as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 @dataclass

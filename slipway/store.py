@@ -207,6 +207,14 @@ class Rest:
         )["run"]
         return SimpleNamespace(info=SimpleNamespace(**made["info"]))
 
+    def update_run(self, run_id: str, status: str) -> None:
+        """Set the status of a run that goes on."""
+        self.call("POST", "runs/update", run_id=run_id, status=status)
+
+    def set_terminated(self, run_id: str, status: str) -> None:
+        """End a run now."""
+        self.call("POST", "runs/update", run_id=run_id, status=status, end_time=int(time.time() * 1000))
+
 
 class File:
     """What a replica reads of MLflow's database, with MLflow's own names; nothing is written."""
@@ -323,6 +331,13 @@ def start(run: str, tags: Mapping[str, str], through: Any = None) -> str:
         found = through.search_runs([experiment], f"tags.`{RUN_TAG}` = '{quoted}'", max_results=1)
         made = found[0] if found else through.create_run(experiment, tags={**tags, RUN_TAG: quoted}, run_name=quoted)
     return str(made.info.run_id)
+
+
+def end(run: str, status: str, through: Any) -> None:
+    """End the MLflow run of the pipeline run `run`, if there is one, as FINISHED, FAILED or KILLED."""
+    with locks.held("experiment"), translated(f"run {run}"):
+        for found in through.search_runs([_experiment(through)], f"tags.`{RUN_TAG}` = '{run}'"):
+            through.set_terminated(found.info.run_id, status)
 
 
 def rename(run: str, to: str, through: Any) -> None:

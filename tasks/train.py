@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from rich.console import Console
 from slipway import artifacts, config, record, stage
 from slipway.config import Params
 from slipway.stage import Report, Show
-from slipway.training import loop, page, plan, survey
+from slipway.training import live, loop, page, plan, survey
 
 DATA, OUT = Path("data/ingest"), Path("models/trained")
 PAGE, TRACE = Path("reports/train.html"), Path("reports/train.trace.json.gz")
@@ -35,7 +36,8 @@ def run(params: Params, report: Report) -> None:
     name = os.environ.get(record.RUN_VARIABLE) or f"train-{key}"
     checkpoints = config.home() / "checkpoints" / key
     TRACE.unlink(missing_ok=True)
-    with artifacts.writing(OUT) as beside:
+    alone = live.ended(name) if record.RUN_VARIABLE not in os.environ else nullcontext()
+    with alone, artifacts.writing(OUT) as beside:
         state = loop.train(
             loop.Job(
                 params.workload,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,7 +21,8 @@ import numpy as np
 import pytest
 
 from slipway import artifacts, config, package, record, store, tracking
-from slipway.errors import GateError, ModelError, RegistryError, TransientError
+from slipway.errors import DivergedError, GateError, ModelError, RegistryError, TransientError
+from slipway.training import live
 from tasks import register as stage_register
 from tests.conftest import ROOT, free_port
 from tests.ranker import data
@@ -348,7 +350,9 @@ def test_training_shows_its_figures_while_it_runs_and_the_record_adds_none_twice
     history = artifacts.read_json(folder / "reports" / "train.json")["history"]
     arrived = _history(rest, "live/loss")
     assert len(arrived) >= len(history)
-    mlflow_run = record.record("pipeline-live", folder, succeeded=True)
+    mlflow_run = store.start("pipeline-live", {})
+    assert store.client().get_run(mlflow_run).info.status == "RUNNING", "a pipeline run goes on after its training"
+    assert record.record("pipeline-live", folder, succeeded=True) == mlflow_run
     assert _history(rest, "live/loss") == arrived
     assert {row["step"] for row in arrived} >= {sample["step"] for sample in history}
     assert len(_history(rest, "curve/metric")) == 30
@@ -364,6 +368,31 @@ def _history(rest: store.Rest, key: str) -> list[dict[str, Any]]:
         return []
     found = rest.call("GET", "metrics/get-history", run_id=runs[0].info.run_id, metric_key=key).get("metrics", [])
     return sorted(found, key=lambda row: int(row["step"]))
+
+
+def test_training_that_nobody_records_ends_its_run_as_it_ended_itself(server: str) -> None:
+    def status(run: str) -> str:
+        return str(store.client().get_run(store.start(run, {})).info.status)
+
+    def train(run: str, end: Callable[[], None]) -> str:
+        with live.ended(run):
+            told = live.Live(run)
+            told.put("live", 1, 1, {"loss": 1.0})
+            told.close()
+            assert status(run) == "RUNNING"
+            end()
+        return status(run)
+
+    def diverge() -> None:
+        raise DivergedError("the loss is no number")
+
+    with pytest.raises(KeyboardInterrupt):
+        train("train-1", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert status("train-1") == "KILLED"
+    assert train("train-1", lambda: None) == "FINISHED", "it was run again and went on"
+    with pytest.raises(DivergedError):
+        train("train-2", diverge)
+    assert status("train-2") == "FAILED"
 
 
 def test_a_run_on_a_laptop_goes_on_in_the_one_that_got_its_live_figures(home: Path) -> None:

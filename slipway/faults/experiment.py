@@ -6,13 +6,12 @@ time. The blast radius is one replica of the candidate. The fault is healed howe
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from types import FrameType
 
+from slipway import commands
 from slipway.config import ChaosParams
 from slipway.errors import ChaosError
 from slipway.platforms.base import Fault, Platform, Replica
@@ -66,7 +65,8 @@ def experiment(platform: Platform, target: Replica, fault: Fault, traffic: Repla
     """
     count = len(platform.status().replicas[target.version])
     since_s, began = traffic.now_s(), time.monotonic()
-    with _healed(platform, target):
+    with commands.interruptible(), ExitStack() as afterwards:
+        afterwards.callback(platform.heal, target)
         platform.inject(target, fault)
         if fault is Fault.STALL:
             time.sleep(limits.duration_s / 2)
@@ -107,18 +107,3 @@ def _broken(figures: Figures, recovery_s: float | None, limits: ChaosParams) -> 
     if recovery_s is None or recovery_s > limits.max_recovery_s:
         took = "not ready" if recovery_s is None else f"ready after {recovery_s:.1f} s"
         yield f"replicas {took}, allowed {limits.max_recovery_s:g} s"
-
-
-@contextmanager
-def _healed(platform: Platform, replica: Replica) -> Iterator[None]:
-    """Heal on the way out, also when a SIGTERM, which ends Python on the spot, interrupts."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield
-    finally:
-        platform.heal(replica)
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(number: int, _: FrameType | None) -> None:
-    raise KeyboardInterrupt(signal.Signals(number).name)

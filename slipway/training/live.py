@@ -3,7 +3,8 @@
 They are sent by a thread of their own over MLflow's REST interface. Training never waits for it: without a server
 nothing is sent, a slow one gets more at once, and what does not fit into the queue is dropped; the figures are in
 reports/train.json anyway, and from there `record` adds what is missing. With a store that is a file there is no page to
-look at, so it is left to `record`.
+look at, so it is left to `record`. Training outside of a pipeline run, which nobody records until its model is
+registered, ends the run itself (`ended`).
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from slipway import store
+from slipway import commands, store
+from slipway.errors import TransientError
 
 if TYPE_CHECKING:
     from slipway.training.meter import Sample
@@ -27,6 +30,25 @@ Point = list[dict[str, Any]]
 """The figures of one step, as MLflow takes them."""
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def ended(run: str) -> Iterator[None]:
+    """End the MLflow run of `run`, if a server has it, with the block: FINISHED, FAILED or, if it was ended, KILLED."""
+    status = "FAILED"
+    try:
+        with commands.interruptible():
+            yield
+        status = "FINISHED"
+    except (KeyboardInterrupt, TransientError):
+        status = "KILLED"
+        raise
+    finally:
+        try:
+            if (place := store.locate()).server:
+                store.end(run, status, store.Rest(place.uri, TIMEOUT_S))
+        except Exception as error:  # noqa: BLE001  # training has ended as it did, whatever ails the server
+            log.warning("MLflow does not know that the run has ended, %s: %s", status, error)
 
 
 class Live:
@@ -77,7 +99,9 @@ class Live:
             if not place.server:
                 return
             rest = store.Rest(place.uri, TIMEOUT_S)
-            self._target = rest, store.start(self._run, {}, rest)
+            mlflow_run = store.start(self._run, {}, rest)
+            rest.update_run(mlflow_run, "RUNNING")  # it may have ended before: training goes on after it was killed
+            self._target = rest, mlflow_run
             log.info("live figures: %s", store.address(self._target[1]))
         rest, mlflow_run = self._target
         while self._sending or self._waiting:
