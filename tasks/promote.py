@@ -2,7 +2,8 @@
 
 Reads reports/deploy.json; writes reports/promote.json. The version that it replaces becomes `previous` and stays warm
 for `promote.warm_s`, so that a rollback takes a moment; then its replicas are drained, unless it serves again. Killed
-anywhere and run again it ends the same.
+anywhere and run again it ends the same. If it fails for good before users moved, it ends the canary, as no other step
+comes after it: the champion has all users.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import time
 
 from slipway import locks, platforms, stage
 from slipway.config import Params
-from slipway.errors import SlipwayError
+from slipway.errors import CanaryRejectedError, SlipwayError, TransientError
 from slipway.platforms.base import Platform, Routing
 from slipway.progress import Progress
 from slipway.release import history, state
 from slipway.stage import Report
+
+GIVE_BACK_S = 30.0
+"""For so long a promotion that failed tries to give the champion all users."""
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +33,14 @@ def run(params: Params, report: Report) -> None:
         routing = state.candidate_routing(platform, version)
         if routing.champion != version:
             began = time.monotonic()
-            _move(platform, params.workload, routing, version)
+            try:
+                _move(platform, params.workload, routing, version)
+            except (TransientError, CanaryRejectedError):  # it is tried again; somebody else moved the users
+                raise
+            except Exception:
+                if routing.champion is not None:
+                    _give_back(platform, params.workload, version)
+                raise
             report["seconds_to_route"] = round(time.monotonic() - began, 3)
         replaced = history.previous(params.workload)
         report["version"], report["replaced"] = version, replaced
@@ -49,10 +60,26 @@ def _move(platform: Platform, workload: str, known: Routing, version: str) -> No
         history.append("promote", workload, version, replaced=known.champion)
         try:
             platform.route(Routing(champion=version))
-        except SlipwayError:
+        except (SlipwayError, OSError):
             if known.champion is not None:  # it did not happen: what a rollback goes back to stays what it was
                 history.append("rollback", workload, known.champion, rolled_back=version, replaced=before)
             raise
+
+
+def _give_back(platform: Platform, workload: str, version: str) -> None:
+    """End the canary; what was in the way, such as a gateway that is started anew, may last a moment."""
+    deadline = time.monotonic() + GIVE_BACK_S
+    while True:
+        try:
+            state.end_canary(platform, workload, version)
+            platform.remove(version)
+        except (SlipwayError, OSError) as error:
+            if time.monotonic() > deadline:
+                log.error("the canary cannot be ended, run `python -m tasks.rollback`: %s", error)
+                return
+            time.sleep(0.5)
+        else:
+            return
 
 
 def _wait(label: str, seconds: float) -> None:

@@ -17,7 +17,7 @@ from slipway import artifacts, locks, platforms, stage, tracking
 from slipway.config import Params
 from slipway.errors import DataError, ParamsError, SlipwayError
 from slipway.platforms.base import Platform, Routing
-from slipway.release import history
+from slipway.release import history, state
 from slipway.stage import Report
 
 log = logging.getLogger(__name__)
@@ -32,12 +32,12 @@ def run(params: Params, report: Report) -> None:
     platform, began = platforms.connect(params), time.monotonic()
     if only_canary:
         own = _deployed_here(report.path.parent)
-        report["canary"] = own and _end_canary(platform, params.workload, own)
+        report["canary"] = own and state.end_canary(platform, params.workload, own)
         if own and own != platform.status().routing.champion:
             platform.remove(own)
             report["aliases"] = _withdraw(params.workload, own)
         return
-    canary = report["canary"] = _end_canary(platform, params.workload, None)
+    canary = report["canary"] = state.end_canary(platform, params.workload)
     report["seconds_to_route"] = round(time.monotonic() - began, 3)
     if to or not canary:
         replaced = _replace_champion(platform, params, to)
@@ -69,19 +69,6 @@ def _withdraw(workload: str, version: str) -> bool:
         log.warning("the refused version %s keeps the alias candidate: %s", version, error)
         return False
     return True
-
-
-def _end_canary(platform: Platform, workload: str, only: str | None) -> str | None:
-    """Give the champion all users; the canary that lost them, if there was one (and it was `only`)."""
-    with locks.held("routing"):
-        routing = platform.status().routing
-        canary = routing.canary
-        if canary is None or only not in (None, canary):
-            return None
-        platform.route(Routing(champion=routing.champion))
-    history.append("end-canary", workload, canary, champion=routing.champion, weight=routing.canary_weight)
-    log.info("the canary lost its users version=%s champion=%s", canary, routing.champion)
-    return canary
 
 
 def _replace_champion(platform: Platform, params: Params, to: str | None) -> str | None:

@@ -7,6 +7,7 @@ moves of a canary, and the canary finds out before it makes the next one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from pathlib import Path
 from slipway import artifacts, locks
 from slipway.errors import CanaryRejectedError, DataError, PlatformError, TransientError
 from slipway.platforms.base import Platform, Routing
+from slipway.release import history
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -47,6 +51,19 @@ def move(platform: Platform, known: Routing, new: Routing) -> None:
     with locks.held("routing"):
         require(platform, known)
         platform.route(new)
+
+
+def end_canary(platform: Platform, workload: str, only: str | None = None) -> str | None:
+    """Give the champion all users; the canary that lost them, if there was one (and it was `only`)."""
+    with locks.held("routing"):
+        routing = platform.status().routing
+        canary = routing.canary
+        if canary is None or only not in (None, canary):
+            return None
+        platform.route(Routing(champion=routing.champion))
+    history.append("end-canary", workload, canary, champion=routing.champion, weight=routing.canary_weight)
+    log.info("the canary lost its users version=%s champion=%s", canary, routing.champion)
+    return canary
 
 
 def require(platform: Platform, known: Routing) -> None:

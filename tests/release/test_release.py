@@ -24,6 +24,7 @@ from slipway.errors import (
 )
 from slipway.faults.experiment import experiment
 from slipway.platforms.base import Fault, Platform, Replica, Routing
+from slipway.platforms.local import stack
 from slipway.release import history
 from slipway.release.replay import Replay
 from tests.conftest import free_port, needs, until
@@ -275,6 +276,36 @@ def test_a_promotion_that_was_killed_before_the_aliases_moved_ends_right(one: Wo
         assert tracking.alias(WORKLOAD, "champion") == second
         assert tracking.alias(WORKLOAD, "previous") == first
         assert set(one.service.platform.status().replicas) == {second}
+
+
+def test_a_promotion_that_fails_for_good_leaves_nobody_on_the_canary(one: World) -> None:
+    first, second = one.versions["one"], one.versions["two"]
+    one.service.step("deploy", version=second)
+    one.service.platform.route(Routing(first, second, 0.5))
+    gateway = next(row.pid for row in stack.status(one.service.params) if row.name == "gateway")
+
+    def heal() -> None:
+        until(
+            lambda: history.events(WORKLOAD)[-1]["event"] == "rollback"
+        )  # the promotion is known not to have happened
+        os.killpg(gateway, signal.SIGCONT)
+
+    healer = threading.Thread(target=heal)
+    os.killpg(gateway, signal.SIGSTOP)
+    healer.start()
+    with pytest.raises(PlatformError, match="the gateway is silent"):
+        one.service.step("promote")
+    healer.join()
+    assert one.routing == Routing(champion=first)
+    with one.service.load(30) as users:
+        until(lambda: len(users.answers) > 20)
+    nobody_noticed(users)
+    assert {answer.version for answer in users.answers} == {first}
+    assert set(one.service.platform.status().replicas) == {first}
+    assert history.previous(WORKLOAD) is None
+    with pytest.raises(PlatformError, match=f"version {second} is not in the service"):
+        one.service.step("promote")
+    assert one.routing == Routing(champion=first)
 
 
 def test_what_is_the_champion_already_is_released_again_without_a_change(one: World) -> None:
