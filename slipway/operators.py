@@ -179,7 +179,8 @@ class Stage(BaseOperator):  # type: ignore[misc]  # mypy does not follow airflow
         through_dvc: let DVC run it, which restores equal results from its cache instead.
         force: run it even if nothing changed, for a stage that acts on the world beside its files.
         conf: what it is handed beside `params.yaml`.
-        own_folder: the run has no worktree: run in a plain folder that holds the checkout's params.yaml.
+        own_folder: the run has no worktree: run in a plain folder that holds the checkout's params.yaml, and is gone
+            afterwards.
     """
 
     operator_extra_links: ClassVar[Sequence[BaseOperatorLink]] = (RunLink(), ReportLink())
@@ -206,7 +207,13 @@ class Stage(BaseOperator):  # type: ignore[misc]  # mypy does not follow airflow
         run = context["dag_run"]
         name = workspace.name_of(run.dag_id, run.run_id)
         folder, extra = _plain_folder(name) if self.own_folder else _worktree(name)
-        conf = self.conf(folder, context["params"]) if self.conf else {}
+        try:
+            self._run_stage(name, folder, self.conf(folder, context["params"]) if self.conf else {}, extra)
+        finally:
+            if self.own_folder:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _run_stage(self, name: str, folder: Path, conf: Mapping[str, Any], extra: Mapping[str, str]) -> None:
         self._command = Command(self.stage, folder, name)
         outcome = self._command.run(self._arguments(), conf, log.info, **extra)
         if outcome.code == 0 and not outcome.ran:

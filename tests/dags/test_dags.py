@@ -1,4 +1,4 @@
-"""The DAGs as Airflow sees them, and two runs of `release`, with stages that only say what they were asked."""
+"""The DAGs as Airflow sees them, and runs of `release` and `rollback`, with stages that say what they were asked."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ name = Path(__file__).stem
 conf = json.loads(os.environ["SLIPWAY_CONF"])
 reports = Path("reports")
 reports.mkdir(exist_ok=True)
-deployed = json.loads((reports / "deploy.json").read_text()) if name != "deploy" else {"conf": conf}
+deployed = json.loads((reports / "deploy.json").read_text()) if (reports / "deploy.json").exists() else {"conf": conf}
 rejected = name == "canary" and deployed["conf"]["version"] == "5"
 report = {"status": "failed" if rejected else "done", "error": "p99 over 100 ms", "conf": conf}
 (reports / f"{name}.json").write_text(json.dumps(report))
@@ -158,3 +158,11 @@ def test_a_rejected_canary_is_rolled_back_and_its_run_is_red(seen: dict[str, Any
     steps = [(stage, conf) for stage, conf, where in asked(checkout) if where == str(folder)]
     assert steps == [("deploy", {"version": "5"}), ("canary", {}), ("rollback", {"only_canary": True})]
     assert (checkout / ".slipway" / "recorded").read_text() == "xx"
+
+
+def test_a_rollback_by_hand_needs_no_worktree_and_leaves_no_folder(seen: dict[str, Any], checkout: Path) -> None:
+    back = seen["back"]
+    assert back["state"] == "success", back
+    folder = checkout / ".slipway" / "runs" / workspace.name_of("rollback", back["run"])
+    assert ["rollback", {"to": "3"}, str(folder)] in [list(each) for each in asked(checkout)]
+    assert not folder.exists()
