@@ -267,6 +267,8 @@ def test_weights_and_moments_are_the_same_bits_for_another_number_of_processes(
             assert before.keys() == after.keys()
             assert len(before) > 20
             assert all(torch.equal(before[name], after[name]) for name in before)
+            moments = [value for name, value in before.items() if "exp_avg" in name]
+            assert any(value.any() for value in moments), "no step was taken, so nothing was resumed"
         written = checkpoints.newest(mine.checkpoints)
         assert written is not None
         resume = processes.run(1, loop._convert, written, mine.checkpoints / trainer.UNIVERSAL)
