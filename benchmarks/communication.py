@@ -1,4 +1,4 @@
-"""Gradients over a slow link: two nodes of two processes, through the product's own training loop and real torchrun.
+"""Gradients over a slow link: two nodes of two processes, through the product's own training and launchers.
 
     python -m benchmarks.communication [--source PATH/TO/video_games.txt] [--json FILE] [--part links|metric]
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import math
 import os
 import pickle
@@ -36,7 +35,7 @@ from benchmarks import ranker
 from benchmarks.claims import Claim, tell
 from slipway import config
 from slipway.config import CommunicationParams, TrainParams
-from slipway.training import communication, loop, order, processes, trainer
+from slipway.training import communication, loop, order, processes, rendezvous, trainer
 from slipway.workloads.base import Tensors
 from slipway.workloads.ranker.ingest import ingest
 from slipway.workloads.ranker.params import RankerParams
@@ -103,9 +102,10 @@ def job(folder: Path, data: Path, method: str) -> loop.Job:
 class Measured(trainer.Trainer):
     """The product's loop, with the time and the interface's counter after each step."""
 
-    def __init__(self, rank: int, world: int, interface: Path, told: loop.Job) -> None:
-        super().__init__(rank, world, "env://", told)
-        self.interface, self.seen = interface, list[tuple[float, int]]()
+    def __init__(self, rank: int, world: int, meeting: str, told: loop.Job) -> None:
+        super().__init__(rank, world, meeting, told)
+        self.interface = Path(f"/sys/class/net/node{os.environ['GROUP_RANK']}/statistics/tx_bytes")
+        self.seen = list[tuple[float, int]]()
 
     def _step(self, batch: Tensors, turn: order.Turn, done: float) -> None:
         super()._step(batch, turn, done)
@@ -121,19 +121,22 @@ class Measured(trainer.Trainer):
         return found
 
 
-def worker(told: Path) -> None:
-    """Run all jobs, as the process that torchrun made this; the first process of each node leaves what it measured."""
-    rank, node = int(os.environ["RANK"]), int(os.environ["GROUP_RANK"])
-    logging.basicConfig(level="ERROR" if rank else "INFO", format="%(message)s")
-    jobs: list[tuple[str, loop.Job]] = pickle.loads(told.read_bytes())
-    interface = Path(f"/sys/class/net/node{node}/statistics/tx_bytes")
+def measured(rank: int, world: int, meeting: str, jobs: Sequence[tuple[str, loop.Job]]) -> list[dict[str, Any]]:
+    """Run all jobs, as one process; what it measured of each."""
     found = []
-    for method, each in jobs:
-        measured = Measured(rank, WORLD, interface, each)
-        measured.run()
-        found.append({"method": method, **measured.result()})
-    if os.environ["LOCAL_RANK"] == "0":
-        told.with_name(f"found-{node}.json").write_text(json.dumps(found))
+    for method, told in jobs:
+        one = Measured(rank, world, meeting, told)
+        one.run()
+        found.append({"method": method, **one.result()})
+    return found
+
+
+def worker(told: Path) -> None:
+    """Be the launcher of one node, which leaves what its first process measured."""
+    node = rendezvous.here()
+    with rendezvous.meet(node, WORLD) as team:
+        found = processes.run(WORLD, measured, pickle.loads(told.read_bytes()), team=team)
+    told.with_name(f"found-{node.rank}.json").write_text(json.dumps(found))
 
 
 def timed(folder: Path, rate: str | None) -> dict[str, dict[str, Any]]:
@@ -163,15 +166,11 @@ def timed(folder: Path, rate: str | None) -> dict[str, dict[str, Any]]:
 
 
 def _launch(folder: Path, name: str, node: int, address: str) -> subprocess.Popen[bytes]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={NODES}", f"--nproc-per-node={EACH}"]
-    meeting = [f"--node-rank={node}", f"--master-addr={address}", "--master-port=29400"]
-    command = [*torchrun, *meeting, "-m", "benchmarks.communication", "--worker", str(folder / "jobs")]
+    variables = {"NNODES": str(NODES), "NODE_RANK": str(node), "MASTER_ADDR": address, "MASTER_PORT": "29400"}
+    worker = [sys.executable, "-m", "benchmarks.communication", "--worker", str(folder / "jobs")]
     with (folder / f"log-{node}").open("wb") as log:
         return subprocess.Popen(
-            ["ip", "netns", "exec", name, *command],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "GLOO_SOCKET_IFNAME": f"node{node}"},
+            ["ip", "netns", "exec", name, *worker], stdout=log, stderr=log, env={**os.environ, **variables}
         )
 
 

@@ -199,8 +199,9 @@ class TrainParams(Section):
     """Peak learning rate of AdamW (over 0)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of AdamW (0 or more)."""
-    world_size: Annotated[int, Field(ge=1, le=64), turn()] = 2
-    """Training processes on this machine (1..64); what each needs of memory, `python -m tasks.train --plan` shows."""
+    world_size: Annotated[int, Field(ge=1, le=1024), turn()] = 2
+    """Training processes, of all nodes together (1..1024); what each needs of memory, `python -m tasks.train --plan`
+    shows."""
     zero: Literal[0, 1, 2, 3, "auto"] = 1
     """DeepSpeed ZeRO: partitioned are 0 nothing, 1 the optimizer, 2 and gradients, 3 and parameters; auto: the cheapest
     that fits, with its offload, as `python -m tasks.train --plan` shows."""

@@ -29,6 +29,7 @@ class Report:
     def __init__(self, stage: str, folder: Path = REPORTS) -> None:
         self.path = folder / f"{stage}.json"
         self._began = time.monotonic()
+        self._wanted = True
         self._values: dict[str, Any] = {"stage": stage, "started": datetime.now(UTC).isoformat(timespec="seconds")}
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -37,13 +38,18 @@ class Report:
     def __getitem__(self, key: str) -> Any:
         return self._values[key]
 
+    def discard(self) -> None:
+        """Leave no report: this is a part of a stage that another call reports."""
+        self._wanted = False
+
     def save(self, status: str, error: str | None = None) -> None:
         """Write the report; `status` is done or failed."""
         self._values["seconds"] = round(time.monotonic() - self._began, 3)
         self._values["status"] = status
         if error is not None:
             self._values["error"] = error
-        artifacts.write_json(self.path, self._values)
+        if self._wanted:
+            artifacts.write_json(self.path, self._values)
 
 
 def conf() -> dict[str, Any]:

@@ -5,6 +5,11 @@ and reports/train.json: `curve` has loss, validation metric and speed of every e
 gradient, memory, traffic and shares of the time, every few steps (slipway/training/meter.py says which). While it runs,
 a MLflow server that answers gets them too. With `train.profile` there is reports/train.trace.json.gz, for Perfetto.
 
+On several nodes start this once on each, with the same params.yaml and data, a SLIPWAY_HOME that all of them share, and
+in the environment NNODES, NODE_RANK (from 0), MASTER_ADDR and MASTER_PORT (of node 0), as torchrun takes them, or with
+PET_ before, as Kubeflow sets them. Each starts its share of `train.world_size` processes; node 0 writes all of the
+above, the others nothing but their logs. When a process or a node is killed, all start again from the last checkpoint.
+
 `--plan` prints instead what each ZeRO stage would need of memory, and which one `train.zero: auto` takes.
 """
 
@@ -14,7 +19,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,7 @@ from rich.console import Console
 from slipway import artifacts, config, record, stage
 from slipway.config import Params
 from slipway.stage import Report, Show
-from slipway.training import live, loop, page, plan, survey
+from slipway.training import live, loop, page, plan, rendezvous, survey
 
 DATA, OUT = Path("data/ingest"), Path("models/trained")
 PAGE, TRACE = Path("reports/train.html"), Path("reports/train.trace.json.gz")
@@ -31,25 +36,22 @@ PAGE, TRACE = Path("reports/train.html"), Path("reports/train.trace.json.gz")
 
 def run(params: Params, report: Report) -> None:
     """Train, keep the best epoch's weights, and forget the checkpoints."""
+    node = rendezvous.here()
+    if node.rank:
+        report.discard()
     train = survey.resolve(params, DATA)
     key = loop.key(params.workload, DATA, train, params.model)
     name = os.environ.get(record.RUN_VARIABLE) or f"train-{key}"
     checkpoints = config.home() / "checkpoints" / key
+    trace = TRACE.absolute() if train.profile else None
+    job = loop.Job(params.workload, DATA, train, params.model, checkpoints, OUT, run=name, trace=trace)
+    if node.rank:
+        loop.train(job, node)
+        return
     TRACE.unlink(missing_ok=True)
     alone = live.ended(name) if record.RUN_VARIABLE not in os.environ else nullcontext()
     with alone, artifacts.writing(OUT) as beside:
-        state = loop.train(
-            loop.Job(
-                params.workload,
-                DATA,
-                train,
-                params.model,
-                checkpoints,
-                beside,
-                run=name,
-                trace=TRACE.absolute() if train.profile else None,
-            )
-        )
+        state = loop.train(replace(job, out=beside), node)
     found: dict[str, Any] = {"workload": params.workload, "run": name, "best": asdict(state.best)}
     found["zero"], found["offload"] = train.zero, train.offload
     found["train_seconds"], found["samples_per_s"] = round(state.seconds, 1), round(state.samples / state.seconds, 1)

@@ -21,21 +21,23 @@ ENDS = 1 << 20  # bytes of a data file that are read at either end: a terabyte i
 LIBRARIES = ("torch", "deepspeed", "numpy")
 
 Facts = dict[str, dict[str, str]]
-"""By kind (data, parameters, code), then by name: a file's digest, a parameter's value, a library's version."""
+"""By kind (data, parameters, code, run), then by name: a file's digest, a parameter's value, a library's version."""
 
 _REMEDY = {
     "data": "copy the same ingested data to every machine",
     "parameters": "start every process with the same params.yaml",
     "code": "check out the same commit and install the same requirements.lock on every machine",
+    "run": "make data, params.yaml and code the same, to the last byte, on every machine",
 }
 
 
-def facts(workload: str, data: Path, **sections: BaseModel) -> Facts:
+def facts(workload: str, data: Path, run: str, **sections: BaseModel) -> Facts:
     """What this process is about to train with.
 
     Args:
         workload: its name.
         data: folder of the ingested data; of each file its name, its size and its ends count.
+        run: name of the run, which depends on every byte of its data, too (`loop.key`).
         sections: the sections of params.yaml that decide the training, by their names.
     """
     files = sorted(path for path in data.rglob("*") if path.is_file())
@@ -48,6 +50,7 @@ def facts(workload: str, data: Path, **sections: BaseModel) -> Facts:
         "parameters": parameters,
         "code": {name: metadata.version(name) for name in LIBRARIES}
         | {str(path.relative_to(package.parent)): _ends(path) for path in sorted(package.rglob("*.py"))},
+        "run": {"its name": run},
     }
 
 
@@ -68,11 +71,11 @@ def check(mine: Facts, world_size: int) -> None:
 
 def disagreement(facts_of_ranks: Sequence[Facts]) -> str | None:
     """Say which ranks differ from rank 0, in what, and what to do; None where all agree."""
-    first, told, kinds = facts_of_ranks[0], [], []
+    first, told, kinds = facts_of_ranks[0], list[str](), list[str]()
     for rank, theirs in enumerate(facts_of_ranks):
         for kind in _REMEDY:
-            differing = _differing(theirs[kind], first[kind])
-            if differing:
+            differing = _differing(theirs.get(kind, {}), first.get(kind, {}))
+            if differing and (kind != "run" or not told):  # the others say more
                 told.append(f"rank {rank} disagrees with rank 0 on {kind}: {differing}")
                 kinds.append(kind)
     return f"{'; '.join(told)}; {' and '.join(_REMEDY[kind] for kind in dict.fromkeys(kinds))}" if told else None

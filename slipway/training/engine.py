@@ -36,14 +36,15 @@ CLIP = 1.0  # largest norm of the gradient
 
 
 def join(rank: int, world_size: int, meeting: str) -> None:
-    """Join the process group, with this process's share of the cores.
+    """Join the process group, with this process's share of the node's cores.
 
     Args:
         rank: this process.
         world_size: number of processes.
         meeting: URL through which the processes find one another.
     """
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's own calls
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Without this DeepSpeed compiles an all-reduce over shared memory (90 s) that only its inference uses.

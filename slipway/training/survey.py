@@ -17,7 +17,7 @@ from typing import Any
 from slipway import config
 from slipway.config import Params, TrainParams
 from slipway.errors import ParamsError
-from slipway.training import plan
+from slipway.training import plan, rendezvous
 from slipway.workloads.base import Task, Tensors, part
 
 SAMPLED = 64  # batches of which the largest is taken
@@ -41,7 +41,7 @@ def survey(params: Params, data: Path) -> Survey:
     train = params.train.model_copy(update={"zero": 0, "offload": "none"})  # a task may not depend on them
     task: Task = part(params.workload, "training").TASK(data, train, params.model)
     there = machine(train)
-    model = size(task, train, there.host or 0)
+    model = size(task, train, _memory())
     return Survey(model, there, plan.rows(model, train.precision, there))
 
 
@@ -61,10 +61,10 @@ def resolve(params: Params, data: Path) -> TrainParams:
 
 
 def machine(train: TrainParams) -> plan.Machine:
-    """This machine, with the device memory that is there or that `train.device_memory_gb` says."""
+    """This machine, or as many like it as there are nodes, with the device memory that is there or that params say."""
     import torch
 
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    host = rendezvous.here().count * _memory()
     shared = train.device_memory_gb is None and not torch.cuda.is_available()
     if train.device_memory_gb is not None:
         device = int(train.device_memory_gb * 1e9)
@@ -75,6 +75,11 @@ def machine(train: TrainParams) -> plan.Machine:
     home = config.home()
     disk = shutil.disk_usage(home if home.exists() else home.parent).free
     return plan.Machine(train.world_size, device, host, disk, shared)
+
+
+def _memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def size(task: Task, train: TrainParams, host: int) -> plan.Model:

@@ -73,7 +73,8 @@ class Trainer:
 
         self.rank, self.world_size, self.job, self.torch, self.tool = rank, world_size, job, torch, engine
         engine.join(rank, world_size, meeting)
-        agreement.check(agreement.facts(job.workload, job.data, train=job.train, model=job.model), world_size)
+        mine = agreement.facts(job.workload, job.data, job.checkpoints.name, train=job.train, model=job.model)
+        agreement.check(mine, world_size)
         torch.manual_seed(job.train.seed)
         self.task = _task(job)
         self.disk = job.checkpoints.parent / "offload"

@@ -41,6 +41,14 @@ def test_a_rank_with_other_data_is_refused_at_the_start(tmp_path: Path) -> None:
         processes.run(2, _other_data, mine)
 
 
+def test_data_that_differ_between_their_ends_are_told_by_the_name_of_the_run() -> None:
+    here, there = ({"data": {}, "parameters": {}, "code": {}, "run": {"its name": name}} for name in ("ab", "cd"))
+    told = agreement.disagreement([here, there]) or ""
+    assert told.startswith(
+        "rank 1 disagrees with rank 0 on run: its name is cd, not ab; make data, params.yaml and code"
+    )
+
+
 def test_other_code_is_told_by_file_and_library() -> None:
     here: agreement.Facts = {
         "data": {},
