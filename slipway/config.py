@@ -405,7 +405,8 @@ class DeployParams(Section):
     autoscaling: str | None = "infra/kubernetes/hpa.yaml"
     """HorizontalPodAutoscaler that the champion's replicas follow (path, from the checkout); empty: none follow any.
 
-    Pools have numbers of their own: with `pools.kinds` nothing follows it."""
+    Pools have numbers of their own: with `pools.kinds` nothing follows it, but of two pools for realtime requests the
+    one that is not needed sleeps; if empty, both stay awake."""
 
 
 class PoolParams(Section):
@@ -575,9 +576,20 @@ class Params(Section):
     """The section of the chosen workload; in the file it bears the workload's name."""
 
     @property
-    def autoscales(self) -> bool:
+    def scales(self) -> bool:
         """Whether the champion's replicas follow a policy; pools have numbers of their own."""
         return self.deploy.autoscaling is not None and not self.pools.kinds
+
+    @property
+    def pools_sleep(self) -> bool:
+        """Whether of two pools for realtime requests the one that is not needed sleeps."""
+        realtime = [kind for kind in self.pools.kinds if kind.requests == "realtime"]
+        return self.deploy.autoscaling is not None and len(realtime) == 2
+
+    @property
+    def autoscales(self) -> bool:
+        """Whether an autoscaler runs."""
+        return self.scales or self.pools_sleep
 
 
 def handed() -> Params:

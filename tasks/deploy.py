@@ -41,7 +41,7 @@ def run(params: Params, report: Report) -> None:
         path, samples = replay.samples(params.workload, version)
         limits = params.deploy
         count = limits.replicas
-        if params.autoscales:  # whom it may replace was scaled by the load, which will be its own
+        if params.scales:  # whom it may replace was scaled by the load, which will be its own
             count = max(count, before.wanted.get(routing.champion or "", 0))
         log.info("deploying version=%s replicas=%d champion=%s", version, count, routing.champion)
         platform.deploy(params.workload, version, count, limits.ready_timeout_s)

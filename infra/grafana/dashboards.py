@@ -83,6 +83,16 @@ SERVICE = Board(
                 Panel("Rate that pools are switched by", "reqps", [("slipway_gateway_rate_rps", "realtime")]),
                 Panel("Share of a class", "percentunit", [("slipway_gateway_pool_weight", "{{pool}}")]),
                 Panel("Replicas ready", "short", [('slipway_gateway_pool_replicas{state="ready"}', "{{pool}}")]),
+                Panel(
+                    "Price of an hour",
+                    "short",
+                    [
+                        (
+                            "sum by (pool) (slipway_gateway_pool_replicas) * slipway_gateway_pool_price_per_hour",
+                            "{{pool}}",
+                        )
+                    ],
+                ),
             ],
         ),
         (

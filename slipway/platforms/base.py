@@ -7,7 +7,7 @@ removed. A `Platform` is all that a stage ever sees.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -36,6 +36,8 @@ class Replica:
     address: str
     """host:port of its HTTP server."""
     ready: bool
+    pool: str = ""
+    """Pool of params that it belongs to."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,20 @@ class Platform(Protocol):
 
         Raises:
             PlatformError: nothing of the version serves, or a new replica is not ready in time; then no new one stays.
+        """
+
+    def pools_in_use(self) -> Mapping[str, bool]:
+        """Pools of realtime requests, and whether the rate asks for each or users are still on it.
+
+        Raises:
+            PlatformError: the gateway does not answer.
+        """
+
+    def let_sleep(self, version: str, pools: Collection[str], timeout_s: float) -> None:
+        """Let exactly `pools` of a version that serves have no replicas: theirs are drained, all others awaited.
+
+        Raises:
+            PlatformError: nothing of the version serves, or a replica that woke is not ready in time; then none stays.
         """
 
     def remove(self, version: str) -> None:

@@ -1,6 +1,7 @@
 """Scale the champion of the local stack by a HorizontalPodAutoscaler: `python -m slipway.scaling --port 18087`.
 
-It looks every few seconds, and at once when Alertmanager says that an alert fires.
+It looks every few seconds, and at once when Alertmanager says that an alert fires. With two pools for realtime requests
+(params.yaml: pools.kinds) it lets the one sleep that is not needed, instead; it looks every second then.
 
     POST /alerts    look now (Alertmanager's webhook; what it says is not read)
     GET  /health    200 while it looks
@@ -19,6 +20,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -32,10 +34,13 @@ from slipway.prometheus import Prometheus
 from slipway.scaling import policy
 from slipway.scaling.autoscaler import Autoscaler, Look
 from slipway.scaling.policy import Policy
+from slipway.scaling.pools import Pools
 from slipway.serving import logs
 
 HOST = "127.0.0.1"
 EVERY_S = 5.0
+POOLS_EVERY_S = 1.0
+"""Users wait for the pool that is to wake; what fails is tried again after EVERY_S."""
 AT_ONCE_S = 0.5
 """However many alerts fire, it does not look sooner after the last time."""
 _HANGS_S = 30.0  # beyond the wait for a replica: longer than that no look takes
@@ -46,7 +51,7 @@ log = logging.getLogger("slipway.scaling")
 class Told:
     """What Prometheus is told."""
 
-    def __init__(self, bounds: Policy) -> None:
+    def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._replicas = Gauge(
@@ -68,11 +73,14 @@ class Told:
             "slipway_autoscaler_changes", "Times that it scaled.", ["direction"], registry=self.registry
         )
         self._failures = Counter("slipway_autoscaler_failures", "Looks that failed.", registry=self.registry)
-        limits = Gauge("slipway_autoscaler_limit_replicas", "Its bounds.", ["bound"], registry=self.registry)
-        limits.labels("min").set(bounds.spec.min_replicas)
-        limits.labels("max").set(bounds.spec.max_replicas)
+        self._limits = Gauge("slipway_autoscaler_limit_replicas", "Its bounds.", ["bound"], registry=self.registry)
         for direction in ("out", "in"):
             self._changes.labels(direction)
+
+    def follows(self, bounds: Policy) -> None:
+        """Tell of the policy."""
+        self._limits.labels("min").set(bounds.spec.min_replicas)
+        self._limits.labels("max").set(bounds.spec.max_replicas)
 
     def looked(self, found: Look | None) -> None:
         """Tell of a look."""
@@ -87,7 +95,11 @@ class Told:
                 self._ratio.labels(reading.name).set(reading.value / reading.target)
             if reading.replicas is not None:
                 self._asked.labels(reading.name).set(reading.replicas)
-        if by := found.decision.replicas - found.serving.wanted:
+        self.changed(found.decision.replicas - found.serving.wanted)
+
+    def changed(self, by: int) -> None:
+        """Tell that replicas, or pools, came (or went: negative)."""
+        if by:
             self._changes.labels("out" if by > 0 else "in").inc()
 
     def failed(self) -> None:
@@ -98,8 +110,8 @@ class Told:
 class Loop:
     """Looks in turns, until the process ends."""
 
-    def __init__(self, autoscaler: Autoscaler, told: Told) -> None:
-        self._autoscaler, self._told = autoscaler, told
+    def __init__(self, look: Callable[[], None], told: Told, every_s: float) -> None:
+        self._look, self._told, self._every_s = look, told, every_s
         self._called, self._last = threading.Event(), time.monotonic()
 
     def call(self) -> None:
@@ -113,8 +125,10 @@ class Loop:
     def run(self) -> None:
         """Look, rest, and so on."""
         while True:
+            rest_s = EVERY_S
             try:
-                self._told.looked(self._autoscaler.look())
+                self._look()
+                rest_s = self._every_s
             except SlipwayError as error:
                 self._told.failed()
                 log.error("no decision: %s", error)
@@ -123,7 +137,7 @@ class Loop:
                 log.exception("no decision")
             self._last = time.monotonic()
             time.sleep(AT_ONCE_S)
-            self._called.wait(EVERY_S - AT_ONCE_S)
+            self._called.wait(rest_s - AT_ONCE_S)
             self._called.clear()
 
 
@@ -174,11 +188,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, required=True, help="port on 127.0.0.1")
     port = parser.parse_args().port
     try:
-        params = config.handed()
-        if params.deploy.autoscaling is None:
-            raise ParamsError("deploy.autoscaling: there is no policy; name a file, such as infra/kubernetes/hpa.yaml")
-        bounded = policy.read(Path(params.deploy.autoscaling)).at_most(most(params))
-        _serve(port, params, bounded)
+        _serve(port, config.handed())
     except SlipwayError as error:
         print(f"scaling: {error}", file=sys.stderr)
         return error.exit_code
@@ -187,21 +197,33 @@ def main() -> int:
     return 0
 
 
-def _serve(port: int, params: Params, bounded: Policy) -> None:
+def _serve(port: int, params: Params) -> None:
     logs.configure("INFO", os.environ.get("SLIPWAY_LOG_FORMAT", "text"), {})
-    platform = LocalPlatform(params)
-    ready_s = params.deploy.ready_timeout_s
-    told = Told(bounded)
-    prometheus = Prometheus(platform.prometheus_url)
-    loop = Loop(Autoscaler(bounded, platform, prometheus, params.serve.threads, ready_s), told)
-    within_s = EVERY_S + ready_s + params.serve.drain_s + _HANGS_S
+    told = Told()
+    loop = _pools(params, told) if params.pools_sleep else _champion(params, told)
+    within_s = EVERY_S + params.deploy.ready_timeout_s + params.serve.drain_s + _HANGS_S
     ThreadingHTTPServer.daemon_threads = True
     server = ThreadingHTTPServer((HOST, port), handler(loop, told, within_s))
-    log.info(
-        "follows %s: %d to %d replicas", bounded.metadata.name, bounded.spec.min_replicas, bounded.spec.max_replicas
-    )
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
     loop.run()
+
+
+def _champion(params: Params, told: Told) -> Loop:
+    if params.deploy.autoscaling is None:
+        raise ParamsError("deploy.autoscaling: there is no policy; name a file, such as infra/kubernetes/hpa.yaml")
+    bounds = policy.read(Path(params.deploy.autoscaling)).at_most(most(params))
+    platform, limits = LocalPlatform(params), params.deploy
+    prometheus = Prometheus(platform.prometheus_url)
+    autoscaler = Autoscaler(bounds, platform, prometheus, params.serve.threads, limits.ready_timeout_s)
+    told.follows(bounds)
+    log.info("follows %s: %d to %d replicas", bounds.metadata.name, bounds.spec.min_replicas, bounds.spec.max_replicas)
+    return Loop(lambda: told.looked(autoscaler.look()), told, EVERY_S)
+
+
+def _pools(params: Params, told: Told) -> Loop:
+    pools = Pools(LocalPlatform(params), params.deploy.ready_timeout_s)
+    log.info("lets the pool sleep that is not needed")
+    return Loop(lambda: told.changed(pools.look()), told, POOLS_EVERY_S)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import cast
 import pytest
 
 from slipway import loopback
-from slipway.config import PoolParams, SloParams
+from slipway.config import SloParams
 from slipway.errors import ParamsError, PlatformError
 from slipway.platforms.base import Platform, Replica, Routing, Status
 from slipway.platforms.local import programs, stack
@@ -155,7 +155,7 @@ def alertmanager(here: Here) -> str:
 
 
 @needs("nginx", "redis-server", "prometheus")
-def test_with_pools_or_without_a_policy_there_is_no_autoscaler(tmp_path: Path) -> None:
+def test_without_a_policy_there_is_no_autoscaler(tmp_path: Path) -> None:
     chosen = stand.params()
     without = chosen.model_copy(update={"deploy": chosen.deploy.model_copy(update={"autoscaling": None})})
     layout = Layout(tmp_path)
@@ -165,5 +165,3 @@ def test_with_pools_or_without_a_policy_there_is_no_autoscaler(tmp_path: Path) -
     assert ("autoscaler" in follows, "autoscaler" in alone) == (True, False)
     assert [hook in "".join(each["alertmanager"].files.values()) for each in (follows, alone)] == [True, False]
     assert str(chosen.stack.autoscaler_port) not in "".join(alone["prometheus"].files.values())
-    pools = chosen.pools.model_copy(update={"kinds": (PoolParams(name="cpu"),)})
-    assert "autoscaler" not in programs.all_of(layout, ROOT, "python", chosen.model_copy(update={"pools": pools}))

@@ -21,7 +21,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -91,6 +91,24 @@ class LocalPlatform:
         """
         self._as_deployed(version)._bring_to(replicas, version, None, timeout_s)
 
+    def pools_in_use(self) -> Mapping[str, bool]:
+        """Pools of realtime requests, and whether the rate asks for each or users are still on it.
+
+        Raises:
+            PlatformError: the gateway does not answer.
+        """
+        told = {pool["name"]: pool["wanted"] or pool["weight"] > 0 for pool in gateway.state(self._layout)["pools"]}
+        return {name: told[name] for name in self._pools()["realtime"] if name in told}
+
+    def let_sleep(self, version: str, pools: Collection[str], timeout_s: float) -> None:
+        """Let exactly `pools` of a version that serves have no replicas: theirs are drained, all others awaited.
+
+        Raises:
+            PlatformError: nothing of the version serves, or a replica that woke is not ready in time; then none stays.
+        """
+        replicas = self.status().wanted.get(version, 1)
+        self._as_deployed(version)._bring_to(replicas, version, None, timeout_s, pools)
+
     def _as_deployed(self, version: str) -> LocalPlatform:
         """The platform with the parameters that a version's replicas were started with, whatever the caller's are."""
         kept = self._load()["deployments"].get(version, {}).get("params", {})
@@ -98,20 +116,32 @@ class LocalPlatform:
         read = {name: sections[name].model_validate(values) for name, values in kept.items()}
         return LocalPlatform(self._params.model_copy(update=read))
 
-    def _bring_to(self, replicas: int, version: str, workload: str | None, timeout_s: float) -> None:
-        """Start and drain until `replicas` serve; without a workload only where some do already."""
+    def _bring_to(
+        self,
+        replicas: int,
+        version: str,
+        workload: str | None,
+        timeout_s: float,
+        asleep: Collection[str] | None = None,
+    ) -> None:
+        """Start and drain until `replicas` serve; without a workload only where some do already.
+
+        With `asleep` those pools have none, and only new replicas are awaited: they may come because others fail.
+        """
         with self._changing() as document:
             deployments = document["deployments"]
             if workload is None:
                 if not any(replica["serving"] for replica in deployments.get(version, {}).get("replicas", [])):
                     raise PlatformError(f"version {version} does not serve: deploy it before you scale it")
                 workload = str(deployments[version]["workload"])
+            else:
+                document["pools"] = self._pools()
             deployment = deployments.setdefault(version, {"workload": workload, "replicas": []})
             deployment["params"] = self._params.model_dump(mode="json", include={"serve", "pools"})
             known = sorted(deployment["replicas"], key=lambda replica: not replica["serving"])
             wanted, missing = [], []
             for pool in self._kinds.values():
-                count = pool.replicas or replicas
+                count = 0 if pool.name in (asleep or ()) else pool.replicas or replicas
                 members = [replica for replica in known if replica.get("pool", _ONLY) == pool.name][:count]
                 wanted += members
                 missing += [pool.name] * (count - len(members))
@@ -120,7 +150,7 @@ class LocalPlatform:
             deployment["replicas"] = wanted + [{**replica, "serving": False} for replica in surplus]
         try:
             self._start(workload, version, wanted)
-            self._await_ready(wanted, timeout_s)
+            self._await_ready([r for r in wanted if asleep is None or not r["serving"]], timeout_s)
             with self._changing() as document:
                 self._begin_serving(document, version, wanted)
                 document["deployments"][version]["wanted"] = replicas
@@ -175,7 +205,7 @@ class LocalPlatform:
             before = document["routing"]
             for version in {routing.champion, routing.canary} - {None, before["champion"], before["canary"]}:
                 self._refuse_unready(document, str(version))
-            document["routing"] = asdict(routing)
+            document["routing"], document["pools"] = asdict(routing), self._pools()
 
     def status(self) -> Status:
         """What runs now: the routing on record, and every replica with its readiness at this moment."""
@@ -185,7 +215,7 @@ class LocalPlatform:
             ready = dict(zip(ports, pool.map(_ready, ports), strict=True))
         replicas = {
             version: tuple(
-                Replica(r["name"], version, f"{programs.HOST}:{r['port']}", ready[r["port"]])
+                Replica(r["name"], version, f"{programs.HOST}:{r['port']}", ready[r["port"]], r.get("pool", _ONLY))
                 for r in deployment["replicas"]
             )
             for version, deployment in document["deployments"].items()
@@ -215,7 +245,6 @@ class LocalPlatform:
         with (self._layout.run / "platform.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             document = self._load()
-            document["pools"] = self._pools()
             yield document
             gateway.put(self._layout, document)
             self._save(document)
