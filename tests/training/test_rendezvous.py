@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from slipway.config import TrainParams
 from slipway.errors import DivergedError, SlipwayError, TransientError
-from slipway.training import loop, rendezvous
+from slipway.training import loop, rendezvous, survey
 from slipway.training.rendezvous import Link, Node, Team
 from tests.conftest import ROOT, free_port, until
 from tests.ranker import data
@@ -58,6 +59,16 @@ def test_processes_are_divided_evenly_or_refused() -> None:
     for world_size in (1, 5):
         with pytest.raises(SlipwayError, match=rf"train\.world_size: {world_size} .* set a multiple of 2"):
             Node(0, 2).ranks(world_size)
+
+
+def test_the_memory_plan_counts_the_memory_of_all_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = TrainParams(world_size=WORLD)
+    one = survey.machine(train)
+    for name, value in {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    two = survey.machine(train)
+    assert two.host == 2 * (one.host or 0)
+    assert two.device == (2 if two.shared else 1) * (one.device or 0), "a GPU has its own"
 
 
 @dataclass(frozen=True)
