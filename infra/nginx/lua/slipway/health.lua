@@ -3,7 +3,8 @@
 local dict = ngx.shared.slipway_health
 local M = {}
 
-local OUT_S = 1                 -- after a failed try, until the checks know more
+local OUT_S = 1                 -- after a failed try; after a broken connection until a later check finds it ready
+local SILENT = math.huge        -- in place of the moment of the failure: no check is later, as checks may be answered alone
 local EVERY_S = 0.25
 local TIMEOUT_MS = 200          -- under EVERY_S, so that rounds do not overlap; the second silence ends .7 s after a stall
 local FAILURES = 2              -- silent checks in a row: one may be a busy machine
@@ -17,9 +18,9 @@ function M.is_ready(address)
     return not dict:get("out|" .. address) and not M.is_down(address)
 end
 
--- A try on this replica failed.
-function M.failed(address)
-    dict:set("out|" .. address, true, OUT_S)
+-- A try on this replica failed: the connection broke, or it was silent.
+function M.failed(address, silent)
+    dict:set("out|" .. address, silent and SILENT or ngx.now(), OUT_S)
 end
 
 -- Forget what was known of an address that now belongs to another replica.
@@ -78,10 +79,14 @@ local function probe(address)
 end
 
 local function check(address)
+    local began = ngx.now()
     local ready, certain = probe(address)
     if ready then
         dict:delete("silent|" .. address)
         dict:delete("down|" .. address)
+        if began > (dict:get("out|" .. address) or began) then
+            dict:delete("out|" .. address)
+        end
     elseif certain or dict:incr("silent|" .. address, 1, 0) >= FAILURES then
         dict:set("down|" .. address, true)
     end

@@ -176,7 +176,7 @@ local function settle_failed(way)
     health.count(way.address, -1)
     count_try(way.class, way.serving, code == 504 and "timeout" or "error")
     if code == 502 or code == 504 then
-        health.failed(way.address)
+        health.failed(way.address, code == 504)
     end
 end
 
@@ -243,7 +243,7 @@ function M.log(slow_seconds)
         local outcome = outcome_of(code)
         count_try(ngx.var.slipway_class, version, outcome)
         if outcome == "timeout" and not ngx.var.upstream_http_x_slipway_version then -- its own 504 is no silence
-            health.failed(address)
+            health.failed(address, true)
         end
     end
     local way = ngx.ctx.way -- gone where nginx answers in the replicas' stead
