@@ -65,11 +65,11 @@ class RequestError(SlipwayError):
 
 
 class OverloadError(TransientError):
-    """More requests wait than may; goes back to the client with status 429."""
+    """More requests wait than may, or than can be answered in time; goes back to the client with status 429."""
 
 
 class DeadlineError(TransientError):
-    """A request cannot be answered in time; goes back to the client with status 504."""
+    """A request's time was up before it was answered; goes back to the client with status 504."""
 
 
 class RegistryError(SlipwayError):

@@ -154,8 +154,8 @@ class Batcher(Generic[T, R]):
             deadline: moment by which the results are wanted.
 
         Raises:
-            OverloadError: too many requests wait.
-            DeadlineError: the results could not come, or did not come, in time.
+            OverloadError: too many requests wait for the results to come in time, or at all.
+            DeadlineError: the results did not come in time.
             TransientError: the engine's thread is dead.
             Exception: what `work` raised for these samples alone.
         """
@@ -184,7 +184,7 @@ class Batcher(Generic[T, R]):
         An idle engine tries all: only runs can show that it is fast again.
 
         Raises:
-            OverloadError, DeadlineError, TransientError: as `submit`.
+            OverloadError, TransientError: as `submit`.
         """
         now = self._clock()
         if not self._worker.alive:
@@ -197,7 +197,7 @@ class Batcher(Generic[T, R]):
         needed_s = self._pace.ready_in_s(self._samples, samples, left_s)
         if now + needed_s > deadline:
             left_s = max(0.0, deadline - now)
-            raise DeadlineError(
+            raise OverloadError(
                 f"it would take {1e3 * needed_s:.0f} ms, and {1e3 * left_s:.0f} are left; try again later"
             )
 

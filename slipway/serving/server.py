@@ -95,7 +95,7 @@ OWN_PATIENCE = frozenset((b"x-deadline-ms", b"x-request-class"))
 BUSY = "more requests wait than can be answered in time; try again later"
 DEAD_S = 0.2
 """A dead engine is looked for this often."""
-DEADLINE = "Milliseconds that the client waits, if fewer than usual; what cannot be answered in them gets 504 at once."
+DEADLINE = "Milliseconds that the client waits, if fewer than usual; what cannot be answered in them gets 429 at once."
 POSITIVE = {"type": "number", "exclusiveMinimum": 0}
 FRESH = "`no-cache`: the model is asked, whatever is kept."
 LEVEL = (

@@ -94,9 +94,9 @@ class Service:
         routing = {"champion": "1" if champion else None, "canary": "2" if canary else None, "canary_weight": 1.0}
         gateway.put(layout, {"routing": routing, "deployments": deployments})
 
-    def ask(self, path: str = "/v1/recommend") -> tuple[int, str | None, Any]:
+    def ask(self, path: str = "/v1/recommend", headers: dict[str, str] | None = None) -> tuple[int, str | None, Any]:
         try:
-            with urllib.request.urlopen(self.url + path, b"{}") as answer:
+            with urllib.request.urlopen(urllib.request.Request(self.url + path, b"{}", headers or {})) as answer:
                 return answer.status, answer.headers["X-Slipway-Version"], json.load(answer)
         except urllib.error.HTTPError as error:
             with error:
@@ -133,7 +133,65 @@ def test_a_canary_that_fails_is_healed_by_the_champion_and_counted(
     assert new['{version="2",outcome="error"}'] + new['{version="2",outcome="timeout"}'] >= 2
 
 
-@pytest.mark.parametrize("status", [400, 404, 413, 429])
+def test_what_a_canary_refuses_the_champion_answers_and_it_counts_against_the_canary(
+    service: Service, layout: Layout, params: Params
+) -> None:
+    champion, canary = Backend(200), [Backend(429), Backend(429)]
+    service.route(layout, [Backend(0), champion], canary)  # one of the champion's is dead
+    before = stand.counters(params, ATTEMPTS)
+    answers = [service.ask() for _ in range(6)]
+    assert [(code, version) for code, version, _ in answers] == [(200, "1")] * 6
+    assert sum(backend.asked for backend in canary) == 6, "another replica of the canary was asked"
+    new = stand.counters(params, ATTEMPTS, before, 12)
+    assert (new['{version="2",outcome="refused"}'], new['{version="1",outcome="ok"}']) == (6, 6)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_what_the_champion_refuses_is_refused_and_nobody_is_asked_again(
+    service: Service, layout: Layout, params: Params, beside: bool
+) -> None:
+    champion, canary = [Backend(429), Backend(429)], [Backend(429)] if beside else []
+    service.route(layout, champion, canary)
+    before = stand.counters(params, ATTEMPTS)
+    for _ in range(4):
+        assert service.ask()[:2] == (429, "1")
+    asked = [sum(backend.asked for backend in backends) for backends in (champion, canary)]
+    assert asked == [4, 4 * beside]
+    new = stand.counters(params, ATTEMPTS, before, 4 + 4 * beside)
+    assert new['{version="1",outcome="refused"}'] == 4
+    assert {one["in_flight"] for one in gateway.state(layout)["replicas"].values()} == {0}
+
+
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        ("/v1/recommend", {"X-Request-Class": "batch"}),
+        ("/v2/models/ranker/versions/2/infer", {}),
+        ("/v1/recommend", None),
+    ],
+)
+def test_batch_requests_named_versions_and_a_first_release_get_the_canarys_own_refusal(
+    service: Service, layout: Layout, path: str, headers: dict[str, str] | None
+) -> None:
+    champion, canary = Backend(200), [Backend(429), Backend(429)]
+    service.route(layout, [] if headers is None else [champion], canary)
+    code, version, answer = service.ask(path, headers)
+    assert (code, version) == (429, "2"), answer
+    assert (champion.asked, sum(backend.asked for backend in canary)) == (0, 1)
+
+
+def test_where_no_replica_is_left_the_answer_is_503_with_its_reason(service: Service, layout: Layout) -> None:
+    service.route(layout, [Backend(200)], [])
+    document = {
+        "routing": {"champion": "3", "canary": None, "canary_weight": 0},
+        "deployments": {"3": {"replicas": []}},
+    }
+    gateway.put(layout, document)
+    code, _, answer = service.ask()
+    assert (code, answer["error"][:18]) == (503, "no replica is left")
+
+
+@pytest.mark.parametrize("status", [400, 404, 413])
 def test_what_the_client_did_wrong_is_tried_once(service: Service, layout: Layout, status: int) -> None:
     champion, canary = Backend(200), Backend(status)
     service.route(layout, [champion], [canary])

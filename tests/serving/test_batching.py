@@ -277,9 +277,9 @@ class Seen:
     good: list[tuple[float, float]]
     """Arrival and end of each that was answered."""
     late: list[tuple[float, float]]
-    """Arrival and end of each that was refused for its deadline."""
-    full: int
-    """Those that were refused for the queue."""
+    """Arrival and end of each whose time was up."""
+    refused: list[tuple[float, float]]
+    """Arrival and end of each that was not taken."""
 
 
 def simulate(
@@ -291,7 +291,7 @@ def simulate(
 ) -> Seen:
     """Send requests at moments, each of some samples."""
     clock = Clock()
-    seen = Seen([], [], [], 0)
+    seen = Seen([], [], [], [])
 
     async def ask(batcher: Batcher[int, int], samples: int) -> None:
         began = clock.now
@@ -301,7 +301,7 @@ def simulate(
         except DeadlineError:
             seen.late.append((began, clock.now))
         except OverloadError:
-            seen.full += 1
+            seen.refused.append((began, clock.now))
 
     async def body() -> None:
         worker = Simulated(clock)
@@ -343,13 +343,13 @@ def test_every_request_has_one_end_in_time_and_batches_keep_their_bounds(
     moments = itertools.accumulate(gap for gap, _ in gaps)
     arrivals = [(moment, samples) for moment, (_, samples) in zip(moments, gaps, strict=True)]
     seen = simulate(arrivals, deadline_s, 8, max_wait_s, max_queue)
-    assert len(seen.good) + len(seen.late) + seen.full == len(arrivals)
+    assert len(seen.good) + len(seen.late) + len(seen.refused) == len(arrivals)
     assert all(1 <= size <= 8 for _, size in seen.runs)
     # One run, which none of them can shorten, may have begun before a request's end was known.
-    assert all(end - began <= deadline_s + LOOK_S + 1e-9 for began, end in (*seen.good, *seen.late))
+    assert all(end - began <= deadline_s + LOOK_S + 1e-9 for began, end in (*seen.good, *seen.late, *seen.refused))
     for (one, size), (other, _) in itertools.pairwise(seen.runs):
         assert other - one >= BASE_S + EACH_S * size - 1e-9, "two runs at once"
-    if not max_wait_s and deadline_s == math.inf and not seen.full:
+    if not max_wait_s and deadline_s == math.inf and not seen.refused:
         for began, _ in seen.good:  # work-conserving: an idle engine starts at once
             idle = not any(one <= began < one + BASE_S + EACH_S * size for one, size in seen.runs)
             assert not idle or any(one == pytest.approx(began) for one, _ in seen.runs)
@@ -362,7 +362,8 @@ def test_as_much_is_answered_in_time_at_three_times_saturation(times: float) -> 
     in_time = [began for began, end in seen.good if end - began <= 0.05 and began > 0.1]
     assert len(in_time) / 0.4 > 0.93 * min(times, 1.0) * saturation_rps
     if times > 1:
-        assert sum(end - began < 0.001 for began, end in seen.late) > 0.99 * len(seen.late), "refused late, not early"
+        at_once = sum(end - began < 0.001 for began, end in seen.refused)
+        assert at_once > 0.99 * (len(seen.late) + len(seen.refused)), "refused late, not early"
 
 
 def test_the_window_halves_the_runs_at_middle_load_and_costs_sparse_users_nothing() -> None:

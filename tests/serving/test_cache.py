@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slipway.config import CacheParams
-from slipway.errors import TransientError
+from slipway.errors import OverloadError, TransientError
 from slipway.serving.cache import Cache
 from slipway.serving.cache.entry import Entry, key_of, seal, unseal
 from slipway.serving.cache.memory import Memory
@@ -132,6 +132,30 @@ def test_equal_questions_run_once_and_the_firsts_hang_up_fails_nobody() -> None:
         assert [level for _, level in await asyncio.gather(*others)] == ["none"] * 4
         assert runs == 1
         assert (await cache.get(query(1), ask, 1.0))[1] == "memory"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("refusals", "runs"), [(1, 2), (9, 2)])
+def test_the_refusal_of_one_in_a_greater_hurry_is_not_the_others(refusals: int, runs: int) -> None:
+    async def run() -> None:
+        cache, asked, go = make(), 0, asyncio.Event()
+
+        async def ask() -> Entry:
+            nonlocal asked
+            asked += 1
+            await go.wait()
+            if asked <= refusals:
+                raise OverloadError("it would take 30 ms, and 20 are left")
+            return Entry(b"{}", ())
+
+        tasks = [asyncio.create_task(cache.get(query(1), ask, float(deadline))) for deadline in range(1, 6)]
+        await asyncio.sleep(0)
+        go.set()
+        first, *others = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(first, OverloadError)
+        assert asked == runs, "the others share one more run"
+        assert {type(other) for other in others} == {OverloadError if refusals > 1 else tuple}
 
     asyncio.run(run())
 

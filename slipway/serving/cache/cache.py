@@ -12,7 +12,7 @@ from typing import Protocol
 import msgspec
 
 from slipway.config import CacheParams
-from slipway.errors import DeadlineError, RequestError
+from slipway.errors import DeadlineError, OverloadError, RequestError
 from slipway.serving.cache import nodes
 from slipway.serving.cache.entry import MAX_BYTES, Entry, key_of, seal, unseal
 from slipway.serving.cache.memory import Memory
@@ -101,18 +101,21 @@ class Cache:
         for level in self._outer:
             await level.close()
 
-    async def _together(self, key: bytes, old: Entry | None, ask: Ask, deadline: float) -> Answer:
+    async def _together(self, key: bytes, old: Entry | None, ask: Ask, deadline: float, again: bool = True) -> Answer:
         """Share one flight among equal questions. It is nobody's own: whoever leaves, the others get their answer."""
         flight = self._flights.get(key)
-        if flight is not None and flight.deadline <= deadline:
+        if flight is None or flight.deadline > deadline:
+            flight = _Flight(asyncio.ensure_future(self._look(key, old, ask)), deadline)
+            self._flights[key] = flight
+            return await self._wait(key, flight)
+        if again:
             self._observer.coalesced()
-            try:
-                return await self._wait(key, flight)
-            except DeadlineError:  # the first one was in a greater hurry
-                return await self._look(key, old, ask)
-        flight = _Flight(asyncio.ensure_future(self._look(key, old, ask)), deadline)
-        self._flights[key] = flight
-        return await self._wait(key, flight)
+        try:
+            return await self._wait(key, flight)
+        except (DeadlineError, OverloadError):  # the first one was in a greater hurry: the others share a second flight
+            if not again:
+                raise
+            return await self._together(key, old, ask, deadline, again=False)
 
     async def _wait(self, key: bytes, flight: _Flight) -> Answer:
         flight.waiting += 1
@@ -122,8 +125,8 @@ class Cache:
             flight.waiting -= 1
             if not flight.waiting:  # all have it, or all have hung up
                 flight.task.cancel()
-                if self._flights.get(key) is flight:
-                    del self._flights[key]
+            if (flight.task.done() or not flight.waiting) and self._flights.get(key) is flight:
+                del self._flights[key]
 
     async def _look(self, key: bytes, old: Entry | None, ask: Ask) -> Answer:
         if self._outer:

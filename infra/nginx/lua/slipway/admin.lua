@@ -76,7 +76,8 @@ function M.welcome()
 end
 
 function M.explain(max_body_bytes)
-    local code, reason = ngx.status, ngx.var.slipway_reason
+    local code, reason = tonumber(ngx.var.slipway_code) or ngx.status, ngx.var.slipway_reason
+    ngx.status = code
     if code == 401 then
         ngx.header["WWW-Authenticate"] = 'Bearer realm="slipway"'
             .. (ngx.var.http_authorization and ', error="invalid_token"' or "")

@@ -5,7 +5,7 @@ local M = {}
 local BOUNDS = { -- seconds
     0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10,
 }
-local OUTCOMES = { "ok", "error", "timeout" }
+local OUTCOMES = { "ok", "refused", "error", "timeout" }
 
 local function bucket(seconds)
     for index, bound in ipairs(BOUNDS) do

@@ -15,6 +15,7 @@ local LAST_READ_S = { realtime = 2, feedback = 2, batch = 30 } -- of the last on
 local TRIES_OF_VERSION = 2 -- then the champion's turn
 local TRIES = 4
 local LOGGED_ONE_IN = 100
+local BUSY = "more requests wait than can be answered in time; try again later"
 
 local function refuse(code, reason)
     ngx.var.slipway_reason = reason
@@ -64,6 +65,11 @@ local function class_of(uri)
     return (class == "realtime" or class == "batch") and class
 end
 
+local function begin(now, track, class, pinned)
+    local order = pools.order(now.pools, class, switch.weight(), math.random())
+    ngx.ctx.way = { now = now, version = now[track], class = class, order = order, tried = {}, tries = 0, pinned = pinned }
+end
+
 function M.assign()
     local uri = ngx.var.uri
     local class, track = class_of(uri), nil
@@ -93,9 +99,16 @@ function M.assign()
         return refuse(503, "no version is served yet: release one first")
     end
     ngx.var.slipway_class, ngx.var.slipway_track = class, track
-    local order = pools.order(now.pools, class, switch.weight(), math.random())
-    ngx.ctx.way = { now = now, version = now[track], class = class, order = order, tried = {}, tries = 0,
-        pinned = version ~= nil }
+    if track == "canary" and now.champion and class == "realtime" and not version then
+        return ngx.exec("@canary") -- goes on with `resume`
+    end
+    begin(now, track, class, version ~= nil)
+end
+
+-- A canary's user, whose requests the champion answers where the canary refuses: its slowness is no user's affair. Batch
+-- requests can wait, and who names a version means it.
+function M.resume()
+    begin(state.get(), "canary", "realtime", false)
 end
 
 -- The replica among `addresses` with the fewest requests in flight that was not tried yet and is ready (or need not be).
@@ -127,14 +140,14 @@ local function pick(way, version, must_be_ready)
     return least_loaded(way.now.versions[version], way.tried, must_be_ready)
 end
 
--- Where the next try goes: address, version and whether it is ready; or nil. The version's own ready replicas first, then the champion's, and
--- only then those that are out: better a doubtful replica than none.
+-- Where the next try goes: address, version and whether it is ready; or nil. The version's own ready replicas first, unless
+-- it refused, then the champion's, and only then those that are out: better a doubtful replica than none.
 local function choose(way)
     local versions, champion = way.now.versions, not way.pinned and way.now.champion
     local has_champion = champion and versions[champion] and #versions[champion] > 0
     for _, must_be_ready in ipairs({ true, false }) do
         local address = versions[way.version]
-            and (way.tries < TRIES_OF_VERSION or not has_champion or way.version == champion)
+            and (not way.refused and way.tries < TRIES_OF_VERSION or not has_champion or way.version == champion)
             and pick(way, way.version, must_be_ready)
         if address then
             return address, way.version, must_be_ready
@@ -160,6 +173,9 @@ local function outcome_of(code)
     if code == 504 then
         return "timeout"
     end
+    if code == 429 then
+        return "refused"
+    end
     return (code == 500 or code == 502 or code == 503) and "error" or "ok"
 end
 
@@ -170,20 +186,33 @@ local function count_try(class, version, outcome)
     end
 end
 
--- A try failed; 502 and 504 are nginx's own words for a broken or silent connection.
+-- A try failed; 502 and 504 are nginx's own words for a broken or silent connection, 429 is a replica's that is well, and
+-- has more to do than it can in time.
 local function settle_failed(way)
     local _, code = balancer.get_last_failure()
     health.count(way.address, -1)
-    count_try(way.class, way.serving, code == 504 and "timeout" or "error")
+    local outcome = outcome_of(code)
+    count_try(way.class, way.serving, outcome == "ok" and "error" or outcome)
     if code == 502 or code == 504 then
         health.failed(way.address, code == 504)
     end
+    way.refused = outcome == "refused"
+end
+
+-- Ends a request without another try. nginx takes no code from here but its own 500: `admin.explain` gives it this one.
+local function give_up(code, reason)
+    ngx.var.slipway_code, ngx.var.slipway_reason = code, reason
+    ngx.var.slipway_address = "" -- its try is settled
+    return ngx.exit(ngx.ERROR)
 end
 
 function M.balance()
     local way = ngx.ctx.way
     if way.address then
         settle_failed(way)
+        if way.refused and way.serving == way.now.champion then
+            return give_up(429, BUSY) -- to ask once more would be more of what it has too much of
+        end
     else
         turn = turn + 1 -- once a request, or ties of two would always go to the same one
         if all_down(way.now.versions[way.version]) then
@@ -192,8 +221,7 @@ function M.balance()
     end
     local address, version, ready = choose(way)
     if not address and not way.address then
-        ngx.var.slipway_reason = "no replica is left of the version that serves you; try again in a moment"
-        return ngx.exit(503)
+        return give_up(503, "no replica is left of the version that serves you; try again in a moment")
     end
     -- None left, yet asked again: nginx gives a try back when a kept connection turned out closed.
     address, version = address or way.address, version or way.serving
