@@ -77,7 +77,7 @@ class Graph:
             bias: [out] float32.
             probe: whether the input's range becomes an output.
         """
-        made = self.op("MatMul", self.entering(x, name, probe), self.whole(weight.T, name, 1))
+        made = self.op("MatMul", self.entering(x, name, probe), self.whole(weight.T, name))
         return made if bias is None else self.op("Add", made, self.constant(bias, name + ".bias"))
 
     def entering(self, x: str, name: str, probe: bool) -> str:
@@ -97,15 +97,14 @@ class Graph:
         zero = self.constant(np.uint8(np.clip(round(-low / step), 0, 255)), name + ".in_zero")
         return self.op("DequantizeLinear", self.op("QuantizeLinear", x, scale, zero), scale, zero)
 
-    def whole(self, weight: Array, name: str, axis: int) -> str:
-        """The weight, INT8 with one scale for each output where the layer has a range."""
+    def whole(self, weight: Array, name: str) -> str:
+        """The weight [in, out], INT8 with one scale an output, around 0, where the layer has a range."""
         if name not in self.ranges:
             return self.constant(weight, name + ".weight")
-        values, scale = quantized(weight if axis == 0 else weight.T)
-        values = values if axis == 0 else values.T
-        names = self.constant(values, name + ".weight"), self.constant(scale, name + ".scale")
-        zero = self.constant(np.zeros(len(scale), np.int8), name + ".zero")
-        return self.op("DequantizeLinear", *names, zero, axis=axis)
+        values, scale = quantized(weight.T)
+        return self.op(
+            "DequantizeLinear", self.constant(values.T, name + ".weight"), self.constant(scale, name + ".scale"), axis=1
+        )
 
 
 def quantized(weight: Array) -> tuple[Array, Array]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from slipway.compression import engine
 from slipway.errors import ModelError
 from slipway.workloads.classifier import augmentation, pretrained
-from slipway.workloads.classifier.graph import IMAGE, ClassifierGraph
+from slipway.workloads.classifier.graph import IMAGE, ClassifierGraph, widened
 from slipway.workloads.classifier.model import Network, Norm, Training, network, normalised
 from slipway.workloads.classifier.params import AugmentParams
 from slipway.workloads.classifier.training import side
@@ -63,6 +63,19 @@ def test_the_graph_answers_as_the_network_and_in_integers_nearly(size: int) -> N
     rounded = engine.load(whole, "int8")(["logits"], {IMAGE: shown})[0]
     assert np.abs(rounded - expected).max() < 0.1 * np.ptp(expected), "INT8 is far off"
     assert len(whole) < 0.6 * len(full)
+
+
+@pytest.mark.parametrize("side", [3, 7])
+def test_a_convolution_over_blocks_of_pixels_is_the_one_over_pixels(side: int) -> None:
+    rng = np.random.default_rng(side)
+    weight, image = rng.integers(-9, 9, (5, 3, side, side)), rng.integers(0, 9, (2, 16, 16, 3))
+    pixels = torch.from_numpy(image).permute(0, 3, 1, 2).double()
+    expected = torch.conv2d(pixels, torch.from_numpy(weight).double(), stride=2, padding=side // 2)
+    wide, left = widened(weight, 2)
+    blocks = torch.from_numpy(image.reshape(2, 16, 4, 12)).permute(0, 3, 1, 2).double()
+    blocks = torch.nn.functional.pad(blocks, (left, wide.shape[-1] - 1 - left, side // 2, side // 2))
+    found = torch.conv2d(blocks, torch.from_numpy(wide).double(), stride=(2, 1)).permute(0, 2, 3, 1)
+    assert torch.equal(found.reshape(2, 8, 8, 5), expected.permute(0, 2, 3, 1))
 
 
 def test_statistics_stay_in_full_precision_when_the_network_is_cast() -> None:

@@ -74,6 +74,21 @@ def test_the_export_gives_the_model_s_logits_and_shows_the_best_unseen_items(his
     assert (np.diff(scores[: len(free)]) <= 0).all()
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_one_head_whose_matrices_are_joined_answers_as_the_model(blocks: int) -> None:
+    torch.manual_seed(4)
+    shape = RankerParams(width=16, blocks=blocks, heads=1, max_length=12)
+    model = Ranker(ITEMS, shape).eval()
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.4)
+        history = torch.tensor([[0, 0, 3, 9, 1], [4, 4, 7, 2, 5]])
+        expected = model.logits(history).numpy()
+    weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
+    found = engine.load(RankerGraph(weights, shape).build(), "one")(["logits"], {"history": history.numpy()})[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("items", [12_900, 12_863])
 def test_the_best_of_many_items_are_found_in_their_groups(items: int) -> None:
     torch.manual_seed(0)

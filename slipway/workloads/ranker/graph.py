@@ -2,7 +2,8 @@
 
 It answers for the last place of a history alone, so the last block computes one query a history. The item matrix is
 stored once and serves both as the embedding and as the output layer: in INT8 it is a quarter of the size, symmetric,
-with one scale an item, and the output layer is one integer matrix product. The first output lists the best items.
+with one scale an item, and the output layer is one integer matrix product. The engine turns it for the embedding when
+it loads the model (an edge package is optimised beforehand, and holds both). The first output lists the best items.
 
     history int64 [B, T]  ->  items int64 [B, K], scores float32 [B, K], logits float32 [B, I+1]
 """
@@ -21,7 +22,7 @@ from slipway.workloads.graph import Graph, Ranges, quantized
 from slipway.workloads.ranker.params import RankerParams
 
 SHOWN = 100
-GROUP = 64  # items of a group, when there are many
+GROUP = 32  # items of a group, when there are many
 WORTH = 2  # groups are worth it from this multiple of the items in the best groups on
 HIDDEN = np.float32(-1e9)
 OUTPUT = "item"  # name of the output layer among the linear layers
@@ -36,10 +37,13 @@ class RankerGraph:
     def build(self, probe: bool = False) -> bytes:
         """Serialise the model; `probe` adds least and largest input of every linear layer as `range.LAYER`: [2]."""
         g, items = self.graph, self.weights["item.weight"].shape[0] - 1
-        state = self._encode(probe)
-        logits = self._linear(state, OUTPUT, self.weights["item.weight"], None, probe)
-        g.output("logits", logits)
-        self._best(logits, items)
+        grouped = items + 1 > WORTH * SHOWN * GROUP
+        extra = -(items + 1) % GROUP if grouped else 0
+        table = np.pad(self.weights["item.weight"], ((0, extra), (0, 0)))  # whole groups of items
+        state = self._encode(table, probe)
+        logits = self._output(state, table, probe)
+        g.output("logits", g.op("Slice", logits, g.ints(0), g.ints(items + 1), g.ints(1)) if extra else logits)
+        self._best(logits, items, extra, grouped)
         shown = min(SHOWN, items)
         outputs = [
             helper.make_tensor_value_info("items", TensorProto.INT64, ["B", shown]),
@@ -49,55 +53,91 @@ class RankerGraph:
         outputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in g.probes]
         return g.model("ranker", [helper.make_tensor_value_info("history", TensorProto.INT64, ["B", "T"])], outputs)
 
-    def _encode(self, probe: bool) -> str:
+    def _encode(self, table: Array, probe: bool) -> str:
         """State after the last item: [B, D]."""
         g, params = self.graph, self.params
-        time = g.op("Gather", g.op("Shape", "history"), g.ints(1))
-        longest = g.ints(params.max_length)
+        back = g.op("Neg", g.op("Shape", "history", start=1))  # slices count from the end, as positions do
+        end = g.ints(params.max_length)
         places = g.constant(self.weights["place.weight"][::-1], "places")
-        place = g.op("Slice", places, g.op("Sub", longest, time), longest, g.ints(0))
-        x = g.op("Add", self._embed(), place)
-        padding = g.op("Cast", g.op("Equal", "history", g.constant(np.int64(0), "zero")), to=TensorProto.FLOAT)
-        hidden = g.constant(HIDDEN, "hidden")
-        keys = g.op("Unsqueeze", g.op("Mul", padding, hidden), g.ints(1, 2))  # [B, 1, 1, T]
-        future = np.triu(np.full((params.max_length, params.max_length), HIDDEN, np.float32), 1)
-        rows = g.op(
-            "Slice", g.constant(future, "future"), g.ints(0, 0), g.op("Concat", time, time, axis=0), g.ints(0, 1)
-        )
-        mask = g.op("Add", keys, rows)
+        x = g.op("Add", self._embed(table), g.op("Slice", places, back, end, g.ints(0)))
+        padding = g.op("Equal", "history", g.constant(np.int64(0), "zero"))
+        keys = g.op("Where", padding, g.constant(HIDDEN, "hidden"), g.constant(np.float32(0), "shown"))
+        keys = g.op("Unsqueeze", keys, g.ints(1) if params.heads == 1 else g.ints(1, 2))  # [B, 1, T] or [B, 1, 1, T]
+        mask = keys
+        if params.blocks > 1:
+            future = np.triu(np.full((params.max_length, params.max_length), HIDDEN, np.float32), 1)
+            both = g.op("Concat", back, back, axis=0)
+            ends = g.ints(params.max_length, params.max_length)
+            mask = g.op("Add", keys, g.op("Slice", g.constant(future, "future"), both, ends, g.ints(0, 1)))
         for block in range(params.blocks):
             last = block == params.blocks - 1
             x = self._block(x, f"blocks.{block}.", keys if last else mask, last, probe)
         return self._norm(g.op("Squeeze", x, g.ints(1)), "norm")
 
-    def _embed(self) -> str:
-        g, table = self.graph, self.weights["item.weight"]
+    def _embed(self, table: Array) -> str:
+        """The items of a history: [B, T, D]."""
+        g = self.graph
         if OUTPUT not in g.ranges:
             return g.op("Gather", g.constant(table, "item.weight"), "history")
         whole, scale = quantized(table)
-        rows = g.op("Cast", g.op("Gather", g.constant(whole, "item.weight"), "history"), to=TensorProto.FLOAT)
-        scales = g.op("Gather", g.constant(scale, "item.scale"), "history")
-        return g.op("Mul", rows, g.op("Unsqueeze", scales, g.ints(-1)))
+        turned = g.op("Transpose", g.constant(whole.T, "item.weight"), perm=[1, 0])  # by the engine, when it loads it
+        rows = g.op("Cast", g.op("Gather", turned, "history"), to=TensorProto.FLOAT)
+        scales = g.op("Unsqueeze", g.constant(scale, "item.scale"), g.ints(1))
+        return g.op("Mul", rows, g.op("Gather", scales, "history"))
+
+    def _output(self, state: str, table: Array, probe: bool) -> str:
+        """Scores of all items, from the matrix that the embedding reads: [B, I+1 and what fills the last group]."""
+        g = self.graph
+        state = g.entering(state, OUTPUT, probe)
+        if OUTPUT not in g.ranges:
+            return g.op("Gemm", state, g.constant(table, "item.weight"), transB=1)
+        # No Gemm: ONNX Runtime would pack its integer matrix anew for every request.
+        return g.op("MatMul", state, g.op("DequantizeLinear", "item.weight", "item.scale", axis=1))
 
     def _block(self, x: str, name: str, mask: str, last: bool, probe: bool) -> str:
-        g, width, heads = self.graph, self.params.width, self.params.heads
-        weight, bias = self.weights[name + "qkv.weight"], self.weights[name + "qkv.bias"]
+        """A block: [B, T, D]; the last one answers for the last place alone: [B, 1, D]."""
+        g = self.graph
         around = self._norm(x, name + "attention_norm")
         asking, x = (self._tail(around), self._tail(x)) if last else (around, x)
-        query = self._linear(asking, name + "query", weight[:width], bias[:width], probe)
-        both = self._linear(around, name + "key_value", weight[width:], bias[width:], probe)
-        key = g.op("Split", both, outputs=2, axis=-1, num_outputs=2)
-        split = [self._heads(part, order) for part, order in ((query, "q"), (key, "k"), (f"{key}.1", "v"))]
-        scale = g.constant(np.float32(1 / math.sqrt(width // heads)), "scale")
-        attention = g.op("Softmax", g.op("Add", g.op("Mul", g.op("MatMul", split[0], split[1]), scale), mask), axis=-1)
-        mixed = g.op("Transpose", g.op("MatMul", attention, split[2]), perm=[0, 2, 1, 3])
-        mixed = g.op("Reshape", mixed, g.ints(0, 0, width))
-        x = g.op("Add", x, self._layer(mixed, name + "out", probe))
+        attend = self._attend_whole if self.params.heads == 1 else self._attend_heads
+        x = g.op("Add", x, attend(asking, around, name, mask, probe))
         inner = g.op("Relu", self._layer(self._norm(x, name + "feed_norm"), name + "up", probe))
         return g.op("Add", x, self._layer(inner, name + "down", probe))
 
+    def _attend_whole(self, asking: str, around: str, name: str, mask: str, probe: bool) -> str:
+        """Attention of one head, whose four matrices are two: key and query are only multiplied, value and output, too.
+
+        What a key's bias adds is the same for all keys, and the weights of an attention add up to one.
+        """
+        g = self.graph
+        (query, key, value), (shift, _, moved) = self._split(name)
+        query, shift = key.T @ query / math.sqrt(len(key)), key.T @ shift / math.sqrt(len(key))
+        out, bias = self.weights[name + "out.weight"], self.weights[name + "out.bias"]
+        asked = self._linear(asking, name + "query", query, shift, probe)
+        logits = g.op("Add", g.op("MatMul", asked, g.op("Transpose", around, perm=[0, 2, 1])), mask)
+        mixed = g.op("MatMul", g.op("Softmax", logits, axis=-1), around)
+        return self._linear(mixed, name + "out", out @ value, out @ moved + bias, probe)
+
+    def _attend_heads(self, asking: str, around: str, name: str, mask: str, probe: bool) -> str:
+        g, width = self.graph, self.params.width
+        (query, key, value), (shift, other, moved) = self._split(name)
+        scale = math.sqrt(width // self.params.heads)
+        asked = self._linear(asking, name + "query", query / scale, shift / scale, probe)
+        both = np.concatenate([key, value]), np.concatenate([other, moved])
+        keys = g.op("Split", self._linear(around, name + "key_value", *both, probe), outputs=2, axis=-1, num_outputs=2)
+        split = [self._heads(part, order) for part, order in ((asked, "q"), (keys, "k"), (f"{keys}.1", "v"))]
+        attention = g.op("Softmax", g.op("Add", g.op("MatMul", split[0], split[1]), mask), axis=-1)
+        mixed = g.op("Transpose", g.op("MatMul", attention, split[2]), perm=[0, 2, 1, 3])
+        mixed = g.op("Reshape", mixed, g.ints(0, 0, width))
+        return self._layer(mixed, name + "out", probe)
+
+    def _split(self, name: str) -> tuple[list[Array], list[Array]]:
+        """Weights [D, D] and biases [D] of query, key and value."""
+        weight, bias = self.weights[name + "qkv.weight"], self.weights[name + "qkv.bias"]
+        return np.split(weight, 3), np.split(bias, 3)
+
     def _tail(self, x: str) -> str:
-        return self.graph.op("Slice", x, self.graph.ints(-1), self.graph.ints(1 << 31), self.graph.ints(1))
+        return self.graph.op("Gather", x, self.graph.ints(-1), axis=1)
 
     def _heads(self, x: str, kind: str) -> str:
         heads = self.params.heads
@@ -112,38 +152,33 @@ class RankerGraph:
     def _layer(self, x: str, name: str, probe: bool) -> str:
         return self._linear(x, name, self.weights[name + ".weight"], self.weights[name + ".bias"], probe)
 
-    def _linear(self, x: str, name: str, weight: Array, bias: Array | None, probe: bool) -> str:
-        """X @ weight.T + bias, for a weight [out, in]; the output layer's weight is kept as it is for the embedding."""
-        g = self.graph
-        if name == OUTPUT:
-            return g.op("Gemm", g.entering(x, name, probe), g.whole(weight, name, 0), transB=1)
-        return g.linear(x, name, weight, bias, probe)
+    def _linear(self, x: str, name: str, weight: Array, bias: Array, probe: bool) -> str:
+        """X @ weight.T + bias."""
+        return self.graph.linear(x, name, weight.astype(np.float32), bias.astype(np.float32), probe)
 
-    def _best(self, logits: str, items: int) -> None:
-        """The best items, without padding and what the history holds."""
+    def _best(self, logits: str, items: int, extra: int, grouped: bool) -> None:
+        """The best items, without padding, what fills the last group, and what the history holds."""
         g, shown = self.graph, min(SHOWN, items)
-        none = g.constant(np.float32(-np.inf), "none")
-        ids = g.op("Pad", "history", g.ints(0, 1, 0, 0), g.constant(np.int64(0), "zero"))  # padding is never shown
-        gone = g.op("Expand", none, g.op("Shape", ids))
+        never = g.constant(np.array([[0, *range(items + 1, items + 1 + extra)]], np.int64), "never")
+        rows = g.op("Concat", g.op("Shape", "history", end=1), g.ints(1), axis=0)
+        ids = g.op("Concat", "history", g.op("Expand", never, rows), axis=1)
+        gone = g.op("Expand", g.constant(np.float32(-np.inf), "none"), g.op("Shape", ids))
         left = g.op("ScatterElements", logits, ids, gone, axis=1)
-        if items + 1 <= WORTH * SHOWN * GROUP:
-            best = g.op("TopK", left, g.ints(shown), outputs=2, axis=1)
-            chosen = best + ".1"
+        if grouped:
+            best, chosen = self._grouped(left)
         else:
-            best, chosen = self._grouped(left, items + 1, none)
+            best = g.op("TopK", left, g.ints(shown), outputs=2, axis=1)
+            chosen = f"{best}.1"
         g.output("scores", best)
         g.output("items", chosen)
 
-    def _grouped(self, logits: str, count: int, none: str) -> tuple[str, str]:
+    def _grouped(self, logits: str) -> tuple[str, str]:
         """The best of many: they lie in the groups whose largest value is largest, and TopK is slow on long rows."""
         g = self.graph
-        padded = g.op("Pad", logits, g.ints(0, 0, 0, -count % GROUP), none)
-        groups = g.op("Reshape", padded, g.ints(0, -1, GROUP))
-        largest = g.op("ReduceMax", groups, g.ints(2), keepdims=0)
+        largest = g.op("ReduceMax", g.op("Reshape", logits, g.ints(0, -1, GROUP)), g.ints(2), keepdims=0)
         top = g.op("TopK", largest, g.ints(SHOWN), outputs=2, axis=1)
-        places = g.op("Expand", g.op("Unsqueeze", f"{top}.1", g.ints(2)), g.ints(1, 1, GROUP))
-        few = g.op("Reshape", g.op("GatherElements", groups, places, axis=1), g.ints(0, -1))
-        best = g.op("TopK", few, g.ints(SHOWN), outputs=2, axis=1)
-        width = g.ints(GROUP)
-        group = g.op("GatherElements", f"{top}.1", g.op("Div", f"{best}.1", width), axis=1)
-        return best, g.op("Add", g.op("Mul", group, width), g.op("Mod", f"{best}.1", width))
+        first = g.op("Mul", g.op("Unsqueeze", f"{top}.1", g.ints(2)), g.ints(GROUP))
+        members = g.op("Add", first, g.constant(np.arange(GROUP, dtype=np.int64), "members"))
+        few = g.op("Reshape", members, g.ints(0, SHOWN * GROUP))
+        best = g.op("TopK", g.op("GatherElements", logits, few, axis=1), g.ints(SHOWN), outputs=2, axis=1)
+        return best, g.op("GatherElements", few, f"{best}.1", axis=1)
