@@ -2,7 +2,8 @@
 
 One small ranker, one engine thread; each server is a process of its own and gets the same requests, in turns.
 
-    cost        processor time a request at saturation (32 clients, closed loop), over the engine alone on such batches
+    cost        processor time a request at saturation (32 clients, closed loop), over the engine alone on such batches,
+                and beside a server that does no more than read and write (`bare.py`)
     rates       P99 at 100, 500 and 1,500 requests/s, and requests/s at saturation, beside mosec, LitServe and BentoML
     batching    none, fixed by load (work-conserving), and a window from the arrivals: P99, mean batch, processor share
     goodput     answers within 100 ms at 0.5, 1, 2 and 3 times saturation, of a small model and of one of about 1 ms
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from benchmarks import load
 from benchmarks.claims import Claim, tell
-from benchmarks.serving.sides import PINS, Running, Side, install, ours, peers, requests, running
+from benchmarks.serving.sides import PINS, Running, Side, bare, install, ours, peers, requests, running
 from slipway.serving import model as models
 from tests.serving import packages
 
@@ -73,6 +74,23 @@ def cost(folder: Path, seconds: float) -> Iterator[Claim]:
         engine_us / us,
         us <= 1.5 * engine_us,
     )
+    floor_us = bare_us(folder, sent, seconds)
+    yield Claim(
+        "processor time a request without the engine's, beside that of a server which only reads and writes",
+        "the limit is 1 x",
+        f"{floor_us:.0f} µs",
+        f"{us - engine_us:.0f} µs, {(us - engine_us) / floor_us:.1f} x",
+        floor_us / (us - engine_us),
+        us - engine_us <= floor_us,
+    )
+
+
+def bare_us(folder: Path, sent: Sequence[bytes], seconds: float) -> float:
+    """Processor time of a request (µs) that reaches no engine."""
+    with running(bare(), folder, sent[0]) as server:
+        used = server.cpu_s()
+        answers = load.closed_loop(server.address, sent, CLIENTS, seconds)[200]
+        return 1e6 * (server.cpu_s() - used) / answers
 
 
 def saturate(server: Running, sent: Sequence[bytes], seconds: float) -> tuple[float, float, float]:

@@ -47,6 +47,11 @@ def ours(folder: Path, name: str = "slipway", **serve: Any) -> Side:
     return Side(name, command, serve)
 
 
+def bare() -> Side:
+    """The least that answers in Python."""
+    return Side("slipway bare", [sys.executable, "-m", "benchmarks.serving.bare", "{port}"])
+
+
 def peers() -> Iterator[Side]:
     """Those that are installed."""
     commands = {

@@ -49,7 +49,7 @@ from slipway.serving.warmup import warm_up
 logger = logging.getLogger("slipway.serving")
 
 HOST = "127.0.0.1"
-SWITCH_S = 0.0005
+SWITCH_S = 0.0001
 """In a flood the loop never rests, and the engine's thread waits so long for the interpreter after each step."""
 ACCEPT_S = 0.3
 """A draining replica still accepts connections for a while: the gateway may not know yet."""
@@ -135,7 +135,7 @@ async def _serve(port: int, params: ServeParams, label: str, load: Callable[[], 
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    edge = Edge(app, app.refuse, params.max_body_bytes, shed=app.shed)
+    edge = Edge(app.begin, app.refuse, params.max_body_bytes)
     await edge.listen(listener)
     loading = asyncio.create_task(asyncio.to_thread(load))
     stop = asyncio.create_task(stopping.wait())
@@ -146,8 +146,6 @@ async def _serve(port: int, params: ServeParams, label: str, load: Callable[[], 
             app.serve(model)
             await warm_up(HOST, port, model, params.max_batch, params.max_body_bytes)
             app.welcome()
-            if traces:
-                edge.answer = traces.answer(app)
             logger.info("ready: model=%s version=%s seconds=%.2f", model.name, model.version, time.monotonic() - began)
             died = asyncio.create_task(app.died())
             await asyncio.wait({died, stop}, return_when=asyncio.FIRST_COMPLETED)

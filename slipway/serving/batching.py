@@ -2,10 +2,10 @@
 
 It is work-conserving: an idle engine takes at once what is there, and while it runs the next batch gathers. With
 `max_wait_s` it waits a little where that makes a batch worth its run (`pace.py`). A request is a group of samples that
-stay together; its future gets their results.
+stay together; `put` tells a function of their results, without a task or a future, `submit` lets a coroutine wait.
 
 Who cannot be answered in time is refused before it costs the engine anything: at once where the queue and the engine's
-measured time say so, else when its time is up. Cancelling the wait takes a request out of the queue.
+measured time say so, else when its time is up. Cancelling takes a request out of the queue.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import math
 import queue
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from slipway.errors import DeadlineError, OverloadError, TransientError
@@ -36,25 +36,60 @@ DEAD = "the engine's thread is dead"
 class Observer(Protocol):
     """Who wants to know how it goes; called on the event loop."""
 
-    def waited(self, seconds: float) -> None:
-        """One request left the queue for the engine."""
-
-    def gathered(self, seconds: float) -> None:
-        """One batch left it, so long after its first request came."""
+    def left(self, waited_s: Sequence[float]) -> None:
+        """One batch left the queue for the engine; how long each of its requests had waited, the oldest first."""
 
     def ran(self, samples: int, seconds: float) -> None:
         """The engine ran one batch."""
 
 
-class _Job(Generic[T, R]):
-    __slots__ = ("deadline", "future", "queued", "samples")
-
-    def __init__(self, samples: Sequence[T], future: asyncio.Future[list[R]], queued: float, deadline: float) -> None:
-        self.samples, self.future, self.queued, self.deadline = samples, future, queued, deadline
+Outcome = list[R] | Exception
+_Done = Callable[[list[Outcome[R]], float], None]
 
 
-_Outcome = list[R] | Exception
-_Done = Callable[[list[_Outcome[R]], float], None]
+class Job(Generic[T, R]):
+    """A request that waits or runs."""
+
+    __slots__ = ("_queue", "deadline", "done", "queued", "samples")
+
+    def __init__(
+        self,
+        samples: Sequence[T],
+        done: Callable[[Outcome[R]], None],
+        queued: float,
+        deadline: float,
+        queue: _Queue[T, R],
+    ) -> None:
+        self.samples, self.queued, self.deadline, self._queue = samples, queued, deadline, queue
+        self.done: Callable[[Outcome[R]], None] | None = done
+
+    def settle(self, outcome: Outcome[R]) -> None:
+        """Tell what became of it, once."""
+        done, self.done = self.done, None
+        if done is not None:
+            done(outcome)
+
+    def cancel(self) -> None:
+        """Take it out of the queue; nobody hears of it any more."""
+        self.done = None
+        self._queue.drop(self)
+
+
+class _Queue(Generic[T, R]):
+    """Jobs in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[Job[T, R], None] = {}
+        self.samples = 0
+
+    def add(self, job: Job[T, R]) -> None:
+        self.jobs[job] = None
+        self.samples += len(job.samples)
+
+    def drop(self, job: Job[T, R]) -> None:
+        if job in self.jobs:
+            del self.jobs[job]
+            self.samples -= len(job.samples)
 
 
 class Worker(Generic[R]):
@@ -62,12 +97,12 @@ class Worker(Generic[R]):
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._tasks: queue.SimpleQueue[tuple[Callable[[], list[_Outcome[R]]], _Done[R]] | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[tuple[Callable[[], list[Outcome[R]]], _Done[R]] | None] = queue.SimpleQueue()
         self.alive = True
         """Does the thread still run? Told by itself: `threading` takes a lock to know, and each request asks twice."""
         threading.Thread(target=self._run_all, name="engine", daemon=True).start()
 
-    def run(self, task: Callable[[], list[_Outcome[R]]], done: _Done[R]) -> None:
+    def run(self, task: Callable[[], list[Outcome[R]]], done: _Done[R]) -> None:
         """Run a task; `done` gets its outcomes and its seconds, on the loop."""
         self._tasks.put((task, done))
 
@@ -118,17 +153,16 @@ class Batcher(Generic[T, R]):
         self._work, self._observer, self._clock = work, observer, clock
         self._max_batch, self._max_wait_s, self._max_queue = max_batch, max_wait_s, max_queue
         self._pace = Pace(max_batch, max_wait_s)
-        self._queue: OrderedDict[_Job[T, R], None] = OrderedDict()
-        self._samples = 0  # in the queue
+        self._queue: _Queue[T, R] = _Queue()
         self._loop = asyncio.get_running_loop()
         self._start: asyncio.Handle | None = None
-        self._running: list[_Job[T, R]] = []
-        self._size, self._began = 0, 0.0  # of what runs
+        self._running: list[Job[T, R]] = []
+        self._size, self._began, self._ends = 0, 0.0, 0.0  # of what runs; its end as far as can be told
         self._worker = worker or Worker()
 
     def __len__(self) -> int:
         """Count the requests that wait."""
-        return len(self._queue)
+        return len(self._queue.jobs)
 
     @property
     def alive(self) -> bool:
@@ -159,20 +193,31 @@ class Batcher(Generic[T, R]):
             TransientError: the engine's thread is dead.
             Exception: what `work` raised for these samples alone.
         """
+        self.admit(len(samples), deadline)
+        future: asyncio.Future[list[R]] = self._loop.create_future()
+        job = self.put(samples, deadline, partial(_resolve, future))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            job.cancel()
+            raise
+
+    def put(self, samples: Sequence[T], deadline: float, done: Callable[[Outcome[R]], None]) -> Job[T, R]:
+        """Queue `samples` that were admitted; `done` gets their outcome later, unless the job is cancelled.
+
+        Args:
+            samples: what is to be run, together.
+            deadline: moment by which the results are wanted.
+            done: called on the loop, once; it must not raise.
+        """
         now = self._clock()
         if self._max_wait_s:
             self._pace.arrived(now, len(samples))
-        self.admit(len(samples), deadline)
-        job: _Job[T, R] = _Job(samples, self._loop.create_future(), now, deadline)
-        self._queue[job] = None
-        self._samples += len(samples)
+        job: Job[T, R] = Job(samples, done, now, deadline, self._queue)
+        self._queue.add(job)
         if not self._running:
             self._schedule()
-        try:
-            return await job.future
-        except asyncio.CancelledError:
-            self._drop(job)
-            raise
+        return job
 
     def close(self) -> None:
         """End the worker after its present batch."""
@@ -189,28 +234,29 @@ class Batcher(Generic[T, R]):
         now = self._clock()
         if not self._worker.alive:
             raise TransientError(DEAD)
-        if len(self._queue) >= self._max_queue:
+        needed_s = self._needed_s(samples, now)
+        if needed_s == math.inf:
             raise OverloadError(f"{self._max_queue} requests are waiting already; try again later")
-        if deadline == math.inf or not (self._running or self._queue):
-            return
-        left_s = max(0.0, self._began + self._pace.takes_s(self._size) - now) if self._running else 0.0
-        needed_s = self._pace.ready_in_s(self._samples, samples, left_s)
-        if now + needed_s > deadline:
+        if needed_s and now + needed_s > deadline:
             left_s = max(0.0, deadline - now)
             raise OverloadError(
                 f"it would take {1e3 * needed_s:.0f} ms, and {1e3 * left_s:.0f} are left; try again later"
             )
 
-    def late(self, samples: int, patience_s: float, more: int = 0) -> bool:
-        """Would `admit` refuse, with `more` samples ahead that are not here yet? It costs no exception and no text."""
-        if not (self._running or self._queue or more):
-            return False
-        if len(self._queue) + more >= self._max_queue:
-            return True
-        if patience_s == math.inf:
-            return False
-        left_s = self._began + self._pace.takes_s(self._size) - self._clock() if self._running else 0.0
-        return self._pace.ready_in_s(self._samples + more, samples, max(0.0, left_s)) > patience_s
+    def late(self, samples: int, patience_s: float) -> bool:
+        """Would `admit` refuse? It costs no exception and no text."""
+        needed_s = self._needed_s(samples, self._clock())
+        return needed_s == math.inf or needed_s > patience_s
+
+    def _needed_s(self, samples: int, now: float) -> float:
+        """Time until samples that come now would be done; 0 for an idle engine, infinite where the queue is full."""
+        waiting = len(self._queue.jobs)
+        if waiting >= self._max_queue:
+            return math.inf
+        if not (self._running or waiting):
+            return 0.0
+        left_s = max(0.0, self._ends - now) if self._running else 0.0
+        return self._pace.ready_in_s(self._queue.samples, samples, left_s)
 
     def _schedule(self) -> None:
         """Start in the loop's next turn, so that requests that came in one go run in one go; or after the wait."""
@@ -220,75 +266,69 @@ class Batcher(Generic[T, R]):
             return
         if self._start is not None:
             self._start.cancel()
-        oldest = next(iter(self._queue)).queued
-        last_start = min(job.deadline for job in self._queue) - self._pace.takes_s(self._samples)
-        wait_s = self._pace.start(oldest, self._samples, last_start) - self._clock()
+        jobs, samples = self._queue.jobs, self._queue.samples
+        last_start = min(job.deadline for job in jobs) - self._pace.takes_s(samples)
+        wait_s = self._pace.start(next(iter(jobs)).queued, samples, last_start) - self._clock()
         self._start = self._loop.call_later(wait_s, self._take) if wait_s > 0 else self._loop.call_soon(self._take)
-
-    def _drop(self, job: _Job[T, R]) -> None:
-        if job in self._queue:
-            del self._queue[job]
-            self._samples -= len(job.samples)
 
     def _take(self) -> None:
         """Hand the oldest requests that fit into a batch to the worker."""
         self._start = None
-        batch: list[_Job[T, R]] = []
+        batch: list[Job[T, R]] = []
+        late: list[Job[T, R]] = []
         room, now = self._max_batch, self._clock()
-        while self._queue and len((job := next(iter(self._queue))).samples) <= room:
-            self._drop(job)
-            if job.future.done():  # cancelled in this very turn
-                continue
+        for job in self._queue.jobs:
             if job.deadline <= now:
-                _expire(job)
-                continue
-            room -= len(job.samples)
-            batch.append(job)
-            self._observer.waited(now - job.queued)
+                late.append(job)
+            elif len(job.samples) <= room:
+                room -= len(job.samples)
+                batch.append(job)
+            else:
+                break
+        for job in (*batch, *late):
+            self._queue.drop(job)
         if batch:
-            self._observer.gathered(now - batch[0].queued)
+            self._observer.left([now - job.queued for job in batch])
             self._running, self._size, self._began = batch, self._max_batch - room, now
+            self._ends = now + self._pace.takes_s(self._size)
             self._worker.run(lambda: self._run(batch), lambda outcomes, seconds: self._finish(batch, outcomes, seconds))
             self._loop.call_later(LOOK_S, self._look, batch)
+        for job in late:
+            job.settle(_late())
 
-    def _look(self, batch: list[_Job[T, R]]) -> None:
+    def _look(self, batch: list[Job[T, R]]) -> None:
         """While a batch runs, tell those whose time is up: the engine may never come back."""
         if self._running is not batch:
             return
         now, alive = self._clock(), self._worker.alive
-        for job in (*batch, *self._queue):
-            if (job.deadline <= now or not alive) and not job.future.done():
-                self._drop(job)
-                _expire(job) if alive else job.future.set_exception(TransientError(DEAD))
+        for job in (*batch, *self._queue.jobs):
+            if job.deadline <= now or not alive:
+                self._queue.drop(job)
+                job.settle(_late() if alive else TransientError(DEAD))
         self._loop.call_later(LOOK_S, self._look, batch)
 
-    def _run(self, batch: list[_Job[T, R]]) -> list[_Outcome[R]]:
+    def _run(self, batch: list[Job[T, R]]) -> list[Outcome[R]]:
         """Run a batch; if it fails, its requests one by one, so that only the guilty one fails."""
         try:
             results = self._work([sample for job in batch for sample in job.samples])
         except Exception as error:  # noqa: BLE001  # whatever the engine raises belongs to the requests
             return [error] if len(batch) == 1 else [self._run([job])[0] for job in batch]
-        outcomes: list[_Outcome[R]] = []
+        outcomes: list[Outcome[R]] = []
         at = 0
         for job in batch:
             outcomes.append(list(results[at : at + len(job.samples)]))
             at += len(job.samples)
         return outcomes
 
-    def _finish(self, batch: list[_Job[T, R]], outcomes: list[_Outcome[R]], seconds: float) -> None:
+    def _finish(self, batch: list[Job[T, R]], outcomes: list[Outcome[R]], seconds: float) -> None:
         size = self._size
         self._running = []
         self._pace.ran(size, self._clock() - self._began)  # with what it waited for the loop: under load, most of it
-        if self._queue:  # first: the engine works on while the answers are written
+        if self._queue.jobs:  # first: the engine works on while the answers are written
             self._go_on()
         self._observer.ran(size, seconds)
         for job, outcome in zip(batch, outcomes, strict=True):
-            if job.future.done():  # cancelled while it ran, or its time was up
-                continue
-            if isinstance(outcome, Exception):
-                job.future.set_exception(outcome)
-            else:
-                job.future.set_result(outcome)
+            job.settle(outcome)
 
     def _go_on(self) -> None:
         if self._max_wait_s:
@@ -297,5 +337,14 @@ class Batcher(Generic[T, R]):
             self._take()
 
 
-def _expire(job: _Job[T, R]) -> None:
-    job.future.set_exception(DeadlineError("its time was up before it could be answered; try again later"))
+def _late() -> DeadlineError:
+    return DeadlineError("its time was up before it could be answered; try again later")
+
+
+def _resolve(future: asyncio.Future[list[R]], outcome: Outcome[R]) -> None:
+    if future.done():  # cancelled in this very turn
+        return
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

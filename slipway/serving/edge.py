@@ -13,16 +13,18 @@ import asyncio
 import functools
 import socket
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Any, NamedTuple, cast
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, cast
 from urllib.parse import unquote_to_bytes
 
 import httptools
+import msgspec
 
-Headers = Sequence[tuple[bytes, bytes]]
-"""Names in lower case."""
+Headers = Mapping[bytes, bytes]
+"""By name, in lower case; the first of several of one name."""
 
 BACKLOG = 1024
 MAX_HEAD_BYTES = 65_536
@@ -34,7 +36,7 @@ earlier, so that it never sends into a closing one."""
 STOPPED = "this replica was stopped before it could answer; try again"
 
 
-class Request(NamedTuple):
+class Request(msgspec.Struct, frozen=True, gc=False):
     """One whole request."""
 
     method: str
@@ -42,22 +44,46 @@ class Request(NamedTuple):
     body: bytes
     query: bytes = b""
     """What stands behind the question mark, as it came."""
-    headers: Headers = ()
+    headers: Headers = MappingProxyType({})
 
     def header(self, name: bytes) -> bytes | None:
         """Give a header's first value; `name` in lower case."""
-        for key, value in self.headers:
-            if key == name:
-                return value
-        return None
+        return self.headers.get(name)
 
 
-class Response(NamedTuple):
+class Response(msgspec.Struct, frozen=True, gc=False):
     """One answer; the length is told by the edge."""
 
     status: int
     body: bytes
     headers: tuple[tuple[bytes, bytes], ...]
+
+
+class Pending(Protocol):
+    """An answer that is under way."""
+
+    def cancel(self) -> object:
+        """Give it up: it is not wanted any more."""
+
+
+Reply = Callable[[Response], None]
+Answer = Callable[[Request, Reply], Response | Pending]
+"""Gives the response at once; or what is under way, which calls the reply, later and once, unless it is cancelled."""
+
+
+def in_tasks(answer: Callable[[Request], Awaitable[Response]], refuse: Callable[[int, str], Response]) -> Answer:
+    """Let a coroutine answer, in a task of its own; `refuse` as of `Edge`."""
+
+    async def run(request: Request, reply: Reply) -> None:
+        try:
+            response = await answer(request)
+        except asyncio.CancelledError:
+            if cast("asyncio.Task[None]", asyncio.current_task()).cancelling():
+                raise
+            response = refuse(503, STOPPED)  # not this task was, but one that it waits for
+        reply(response)
+
+    return lambda request, reply: asyncio.get_running_loop().create_task(run(request, reply))
 
 
 class _Turn(NamedTuple):
@@ -73,22 +99,20 @@ class Edge:
     """All connections of a server; made and used on the event loop.
 
     Args:
-        answer: makes the response to a request; it must not raise.
+        answer: makes the response to a request; neither it nor what is under way may raise.
         refuse: makes the response to what never became a request, from a status and a message.
         max_body_bytes: largest body.
         idle_s: longest time that an idle or stuck connection is kept, in whole seconds.
-        shed: makes the response to a request that is refused before anything else is done for it; it must be quick.
     """
 
     def __init__(
         self,
-        answer: Callable[[Request], Awaitable[Response]],
+        answer: Answer,
         refuse: Callable[[int, str], Response],
         max_body_bytes: int,
         idle_s: int = IDLE_S,
-        shed: Callable[[Request], Response | None] = lambda _: None,
     ) -> None:
-        self.answer, self.refuse, self.shed, self.max_body_bytes = answer, refuse, shed, max_body_bytes
+        self.answer, self.refuse, self.max_body_bytes = answer, refuse, max_body_bytes
         self.connections: set[Connection] = set()
         self.second = 0
         """Counts seconds: a clock that costs a connection nothing."""
@@ -146,20 +170,20 @@ class Connection(asyncio.Protocol):
     """One client's connection."""
 
     def __init__(self, edge: Edge) -> None:
-        self._edge, self._loop = edge, asyncio.get_running_loop()
+        self._edge = edge
         self._parser: Any = httptools.HttpRequestParser(self)
         self._since = edge.second
         self._turns: deque[_Turn] = deque()  # behind the one that is answered
-        self._task: asyncio.Task[None] | None = None
+        self._pending: Pending | None = None  # the answer that is under way
+        self._stays = self._head_alone = False  # what it is answered to: is more to come, is no body wanted
         self._paused = False  # the client does not take its answers
         self._deaf = False  # nothing more is read as a request
         self._gone = False
         self._url = b""
-        self._headers: list[tuple[bytes, bytes]] = []
-        self._head: list[tuple[bytes, bytes]] = []
+        self._headers: dict[bytes, bytes] = {}
         self._head_bytes = self._body_bytes = 0
         self._body: list[bytes] = []
-        self._in_head = self._in_message = self._refused = False
+        self._in_head = self._in_message = self._unchecked = self._refused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client is there."""
@@ -172,8 +196,8 @@ class Connection(asyncio.Protocol):
         self._parser = None
         self._edge.lost(self)
         self._turns.clear()
-        if self._task is not None:
-            self._task.cancel()
+        if self._pending is not None:
+            self._pending.cancel()
 
     def pause_writing(self) -> None:
         """It does not take what it is sent."""
@@ -196,34 +220,40 @@ class Connection(asyncio.Protocol):
             self._deaf = True
         except httptools.HttpParserError as error:
             self._refuse(400, f"not HTTP: {error}", stays=False)
+        if self._in_message:
+            self._check(len(data))
+
+    def _check(self, more: int) -> None:
+        """Look at a request that is not whole yet: may it go on?"""
         if self._in_head:
-            self._head_bytes += len(data)
+            self._head_bytes += more
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse(431, f"the head is larger than {MAX_HEAD_BYTES} bytes", stays=False)
+        elif self._unchecked:
+            self._unchecked = False
+            if int(self._headers.get(b"content-length", 0)) > self._edge.max_body_bytes:
+                self._refuse_body()
+            elif self._headers.get(b"expect", b"").lower() == b"100-continue" and self._pending is None:
+                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_message_begin(self) -> None:
         """A request begins; like all `on_...` called by the parser."""
-        self._in_head = self._in_message = True
+        self._in_head = self._in_message = self._unchecked = True
         self._since = self._edge.second
-        self._url, self._headers, self._body, self._body_bytes, self._head_bytes = b"", [], [], 0, 0
+        self._url, self._headers, self._body, self._body_bytes, self._head_bytes = b"", {}, [], 0, 0
 
     def on_url(self, url: bytes) -> None:
         """A piece of its target."""
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header."""
-        self._headers.append((name.lower(), value))
+        """One header; what comes behind the body, of a chunked one, is left out."""
+        if self._in_head:
+            self._headers.setdefault(name.lower(), value)
 
     def on_headers_complete(self) -> None:
-        """Its body comes next, unless it is too large."""
+        """Its body comes next."""
         self._in_head = False
-        self._head, self._headers = self._headers, []  # what comes behind the body, of a chunked one, is left out
-        for name, value in self._head:
-            if name == b"content-length" and int(value) > self._edge.max_body_bytes:
-                self._refuse_body()
-            elif name == b"expect" and value.lower() == b"100-continue" and not self._refused and self._task is None:
-                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
         """A piece of its body."""
@@ -243,9 +273,10 @@ class Connection(asyncio.Protocol):
             return
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         path, query = _target(self._url)
-        request = Request(_method(self._parser.get_method()), path, body, query, self._head)
+        parser = self._parser
+        request = Request(_method(parser.get_method()), path, body, query, self._headers)
         # What follows an upgrade is no HTTP for the parser: it is answered as what it is without one, as the last.
-        self._answer(_Turn(request, self._parser.should_keep_alive() and not self._parser.should_upgrade()))
+        self._answer(request, parser.should_keep_alive() and not parser.should_upgrade())
 
     def _refuse_body(self) -> None:
         # The connection stays open: what the client still sends is read away, or it would see a reset, not this.
@@ -256,52 +287,54 @@ class Connection(asyncio.Protocol):
     def _refuse(self, status: int, message: str, stays: bool) -> None:
         if not stays:
             self._deaf, self._in_head, self._in_message = True, False, False
-        self._answer(_Turn(self._edge.refuse(status, message), stays))
+        self._answer(self._edge.refuse(status, message), stays)
 
     # What goes out.
 
-    def _answer(self, turn: _Turn) -> None:
+    def _answer(self, ask: Request | Response, stays: bool) -> None:
         """Answer now, or when all that came before is answered."""
-        if self._task is None and not self._paused and not self._turns:
-            self._begin(turn)
+        if self._pending is None and not self._paused and not self._turns:
+            self._begin(ask, stays)
             return
-        self._turns.append(turn)
+        self._turns.append(_Turn(ask, stays))
         if len(self._turns) == MAX_PIPELINED:
             self._transport.pause_reading()
 
-    def _begin(self, turn: _Turn) -> None:
-        if isinstance(turn.ask, Response):
-            self._write(turn.ask, turn.stays)
-        elif (refusal := self._edge.shed(turn.ask)) is not None:  # without a task: in a flood it would be the dearest
-            self._write(refusal, turn.stays)
-        else:
-            self._task = self._loop.create_task(self._run(turn.ask, turn.stays))
-
-    async def _run(self, request: Request, stays: bool) -> None:
-        try:
-            response = await self._edge.answer(request)
-        except asyncio.CancelledError:
-            if self._gone:
+    def _begin(self, ask: Request | Response, stays: bool) -> None:
+        self._stays, self._head_alone = stays, False
+        if isinstance(ask, Request):
+            self._head_alone = ask.method == "HEAD"
+            answer = self._edge.answer(ask, self._reply)
+            if not isinstance(answer, Response):
+                self._pending = answer
                 return
-            response = self._edge.refuse(503, STOPPED)
-        self._task = None
-        self._write(response, stays, request.method == "HEAD")
-        self._next()
+            ask = answer
+        self._write(ask)
+
+    def _reply(self, response: Response) -> None:
+        """What was under way is done; nobody hears it if it was given up."""
+        if self._pending is None:
+            return
+        self._pending = None
+        self._write(response)
+        if self._turns:
+            self._next()
 
     def _next(self) -> None:
-        while self._turns and self._task is None and not self._paused:
+        while self._turns and self._pending is None and not self._paused:
             if len(self._turns) == MAX_PIPELINED:
                 self._transport.resume_reading()
-            self._begin(self._turns.popleft())
+            self._begin(*self._turns.popleft())
 
-    def _write(self, response: Response, stays: bool, head_alone: bool = False) -> None:
-        if self._transport.is_closing():
+    def _write(self, response: Response) -> None:
+        transport, edge = self._transport, self._edge
+        if transport.is_closing():
             return
-        stays = stays and not self._edge.draining
-        status, body, headers = response
-        head = _head(status, headers, stays)
-        self._transport.write(b"%b%d\r\n\r\n%b" % (head, len(body), b"" if head_alone else body))
-        self._since = self._edge.second
+        stays = self._stays and not edge.draining
+        body = response.body
+        head = _head(response.status, response.headers, stays)
+        transport.write(b"%b%d\r\n\r\n%b" % (head, len(body), b"" if self._head_alone else body))
+        self._since = edge.second
         if not stays:
             self._end()
 
@@ -318,12 +351,12 @@ class Connection(asyncio.Protocol):
 
     def close_if_idle(self) -> None:
         """Close it unless a request is on its way or being answered."""
-        if self._task is None and not self._turns and not self._in_message:
+        if self._pending is None and not self._turns and not self._in_message:
             self._transport.close()
 
     def close_if_stuck(self, second: int) -> None:
         """Close it if nothing moved since `second` and the client is to blame."""
-        if self._since >= second or (self._task is not None and not self._paused):
+        if self._since >= second or (self._pending is not None and not self._paused):
             return
         if self._paused or not self._in_message or self._refused:
             self._transport.abort()
@@ -333,9 +366,10 @@ class Connection(asyncio.Protocol):
 
     def give_up(self) -> None:
         """Say 503 in place of what is not done yet, and close."""
-        if self._task is not None:
+        if self._pending is not None:
             self._turns.clear()
-            self._task.cancel()
+            self._pending.cancel()
+            self._reply(self._edge.refuse(503, STOPPED))
         elif self._in_message and not self._refused:
             self._refuse(503, STOPPED, stays=False)
             self._transport.close()
@@ -350,6 +384,7 @@ def _method(name: bytes) -> str:
     return _METHODS.get(name) or name.decode("latin-1")
 
 
+@functools.lru_cache(maxsize=256)
 def _target(url: bytes) -> tuple[str, bytes]:
     """Part a request's target into its path, decoded, and its query."""
     if not url.startswith(b"/"):
@@ -367,7 +402,6 @@ def _foreign(url: bytes) -> tuple[str, bytes]:
     return _path(parsed.path or b"/"), parsed.query or b""
 
 
-@functools.lru_cache(maxsize=256)
 def _path(path: bytes) -> str:
     return unquote_to_bytes(path).decode("utf-8", "replace")
 

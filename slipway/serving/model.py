@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+
+import msgspec
 
 from slipway import package as packages
 from slipway.errors import ModelError, ParamsError
@@ -15,7 +16,7 @@ from slipway.serving import engines
 from slipway.workloads.base import Endpoint, Query, Tensors, part
 
 
-class Sample(NamedTuple):
+class Sample(msgspec.Struct, frozen=True):
     """One sample in a batch."""
 
     query: Query

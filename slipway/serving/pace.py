@@ -25,7 +25,7 @@ class Pace:
         self._interval_s = math.inf
         self._runs = 0
         self._size = self._seconds = self._size_size = self._size_seconds = 0.0
-        self._base_s = self._each_s = 0.0
+        self._base_s = self._each_s = self._full_s = 0.0
 
     def arrived(self, now: float, samples: int) -> None:
         """Count an arrival."""
@@ -46,6 +46,7 @@ class Pace:
         slope = (self._size_seconds - self._size * self._seconds) / spread if spread > 1e-9 else 0.0
         self._each_s = min(max(slope, 0.0), self._seconds / self._size)
         self._base_s = self._seconds - self._each_s * self._size
+        self._full_s = self.takes_s(self._max_batch)
 
     def takes_s(self, samples: int) -> float:
         """Time of a run of so many samples; 0 as long as none was seen."""
@@ -56,8 +57,8 @@ class Pace:
 
         All runs count as full, its own too: those who come later fill it.
         """
-        full, rest = divmod(ahead, self._max_batch)
-        return left_s + (full + 1 + (rest + samples > self._max_batch)) * self.takes_s(self._max_batch)
+        most = self._max_batch
+        return left_s + (ahead // most + 1 + (ahead % most + samples > most)) * self._full_s
 
     @property
     def worth(self) -> int:

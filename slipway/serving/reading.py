@@ -29,6 +29,10 @@ class Reader:
         self._waiting = 0
         self._pool = ThreadPoolExecutor(THREADS, "reader")  # its threads start with the first body that needs one
 
+    def quick(self, body: bytes) -> bool:
+        """Is a body decoded at once, or in a thread?"""
+        return len(body) <= QUICK_BYTES and not self._endpoint.slow
+
     async def read(self, body: bytes) -> Query:
         """Decode one body.
 
@@ -36,7 +40,7 @@ class Reader:
             RequestError: says which field is wrong and what is allowed.
             OverloadError: too many wait.
         """
-        if len(body) <= QUICK_BYTES and not self._endpoint.slow:
+        if self.quick(body):
             return self._endpoint.decode(body)
         if self._waiting >= self._max_waiting:
             raise OverloadError(f"{self._max_waiting} requests are being read already; try again later")

@@ -65,9 +65,8 @@ class Traces:
         async def traced(request: Request) -> Response:
             if request.path.startswith(LEFT_OUT):
                 return await app(request)
-            carrier = {
-                k.decode(): v.decode("latin-1") for k, v in request.headers if k in (b"traceparent", b"tracestate")
-            }
+            given = ((name, request.header(name.encode())) for name in ("traceparent", "tracestate"))
+            carrier = {name: value.decode("latin-1") for name, value in given if value is not None}
             # Names of paths are few, but for those that name a user, whose first words are enough.
             name = f"{request.method} {'/'.join(request.path.split('/')[:3])}"
             with self._tracer.start_as_current_span(name, self._extract(carrier), self._server) as span:

@@ -54,8 +54,7 @@ def part(workload: str, module: str) -> ModuleType:
         raise ParamsError(f"params.yaml: workload: {workload} has no part {module}") from error
 
 
-@dataclass(frozen=True)
-class Query:
+class Query(msgspec.Struct, frozen=True):
     """One decoded request: the engine's inputs for one sample, and what the answer needs to be written."""
 
     inputs: Tensors

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from benchmarks import load
 from slipway.errors import DeadlineError, OverloadError, TransientError
-from slipway.serving.batching import LOOK_S, Batcher, Worker
+from slipway.serving.batching import LOOK_S, Batcher, Job, Worker
 from slipway.serving.pace import Pace
 
 
@@ -28,12 +28,10 @@ class Watch:
         self.waits = 0
         self.sizes: list[int] = []
 
-    def waited(self, seconds: float) -> None:
-        assert seconds >= 0
-        self.waits += 1
-
-    def gathered(self, seconds: float) -> None:
-        assert seconds >= 0
+    def left(self, waited_s: Sequence[float]) -> None:
+        assert waited_s == sorted(waited_s, reverse=True)
+        assert waited_s[-1] >= 0
+        self.waits += len(waited_s)
 
     def ran(self, samples: int, seconds: float) -> None:
         self.sizes.append(samples)
@@ -131,10 +129,11 @@ def test_it_tells_beforehand_what_would_be_late() -> None:
         assert batcher.late(1, 0.02)
         assert not batcher.late(1, 60)
         assert not batcher.late(1, math.inf)
-        assert not batcher.late(1, math.inf, 1)
-        assert batcher.late(1, math.inf, 2)  # the queue would be full
+        waiting = [submit(batcher, n) for n in (2, 3)]
+        await until(lambda: len(batcher) == 2)
+        assert batcher.late(1, math.inf)  # the queue is full
         gate.open.set()
-        await second
+        await asyncio.gather(second, *waiting)
         assert not batcher.late(1, 0.0)
 
     run(test, gate, max_queue=2)
@@ -173,6 +172,32 @@ def test_a_request_that_nobody_waits_for_leaves_the_queue() -> None:
 
     run(test, gate)
     assert gate.batches == [[0], [2]]
+
+
+def test_who_put_samples_is_told_once_and_nothing_after_he_gave_up() -> None:
+    gate = Gate(is_open=False)
+    told: list[tuple[str, Any]] = []
+
+    async def test(batcher: Batcher[int, int]) -> None:
+        def put(name: str, sample: int) -> Job[int, int]:
+            return batcher.put([sample], math.inf, lambda outcome: told.append((name, outcome)))
+
+        runs = put("runs", 1)
+        await until(lambda: gate.batches == [[1]])
+        waits, bad, good = put("waits", 2), put("bad", -1), put("good", 3)
+        waits.cancel()
+        runs.cancel()  # too late for the engine, in time for its owner
+        assert len(batcher) == 2
+        gate.open.set()
+        await until(lambda: len(told) == 2)
+        (_, error), (_, results) = told
+        assert isinstance(error, ValueError)
+        assert results == [6]
+        for job in (runs, waits, bad, good):
+            job.settle([0])
+        assert [name for name, _ in told] == ["bad", "good"]
+
+    run(test, gate)
 
 
 def test_only_the_guilty_request_of_a_failed_batch_fails() -> None:

@@ -15,7 +15,7 @@ import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipway.serving.edge import MAX_PIPELINED, Connection, Edge, Request, Response
+from slipway.serving.edge import MAX_PIPELINED, Connection, Edge, Request, Response, in_tasks
 from tests.serving.conftest import Replica
 from tests.serving.packages import key
 
@@ -104,6 +104,10 @@ class Site:
         return reader, writer
 
 
+def refuse(status: int, message: str) -> Response:
+    return Response(status, message.encode(), ())
+
+
 def at(test: Callable[[Site], Awaitable[None]], idle_s: int = 60, size: int = 0) -> None:
     """Run a test against an edge that answers a request with its path, once it may, padded to a size."""
 
@@ -118,13 +122,11 @@ def at(test: Callable[[Site], Awaitable[None]], idle_s: int = 60, size: int = 0)
             raise
         return Response(200, f"[{request.path}]".encode().ljust(size), ())
 
-    def refuse(status: int, message: str) -> Response:
-        return Response(status, message.encode(), ())
-
     async def run() -> None:
         nonlocal site
         listener = socket.create_server(("127.0.0.1", 0))
-        site = Site(Edge(answer, refuse, 1000, idle_s), listener.getsockname()[1], [], asyncio.Event())
+        edge = Edge(in_tasks(answer, refuse), refuse, 1000, idle_s)
+        site = Site(edge, listener.getsockname()[1], [], asyncio.Event())
         await site.edge.listen(listener)
         try:
             await asyncio.wait_for(test(site), 30)
@@ -288,7 +290,7 @@ def test_requests_are_the_same_however_the_network_cuts_them(bodies: list[bytes 
         return Response(200, b"", ())
 
     async def run() -> None:
-        connection = Connection(Edge(answer, lambda status, _: Response(status, b"", ()), 1000))
+        connection = Connection(Edge(in_tasks(answer, refuse), refuse, 1000))
         connection.connection_made(Transport())
         for start, end in itertools.pairwise(ends):
             connection.data_received(sent[start:end])

@@ -322,7 +322,7 @@ def test_a_warm_up_is_real_requests_with_batches_of_every_size_and_in_no_figure(
 
         metrics = Metrics()
         app = App("7", ServeParams(), metrics, None)
-        edge = Edge(app, app.refuse, 65_536)
+        edge = Edge(app.begin, app.refuse, 65_536)
         listener = socket.create_server(("127.0.0.1", 0))
         await edge.listen(listener)
         app.serve(model)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from slipway.config import ServeParams
 from slipway.serving import model as models
+from slipway.serving.batching import Job
 from slipway.serving.edge import Request, Response
 from slipway.serving.metrics import Metrics
 from slipway.serving.model import Sample
@@ -270,33 +272,54 @@ def test_what_the_queue_cannot_take_is_refused_at_once_and_counted_and_an_idle_q
 
     async def test() -> None:
         app = App("1", ServeParams(max_queue=2, max_batch=1), metrics, None)
-        assert app.shed(request) is None  # there is no model yet
+        answers: list[Response] = []
         app.serve(dataclasses.replace(model, engine=engine))
         app.welcome()
         try:
-            assert [app.shed(request) for _ in range(2)] == [None, None]  # one turn's requests count as waiting
-            assert app.shed(request) is not None
-            await asyncio.sleep(0)
-            assert app.shed(request) is None
-            asked = [asyncio.create_task(app(request))]
-            await asyncio.sleep(0.05)  # it runs
-            asked += [asyncio.create_task(app(request)) for _ in range(2)]
-            await asyncio.sleep(0)
-            refused = app.shed(request)
-            assert refused is not None
-            assert refused.status == 429
-            assert (b"retry-after", b"1") in refused.headers
-            assert b"try again" in refused.body
-            assert app.shed(request._replace(method="GET")) is None
-            assert app.shed(request._replace(headers=((b"x-deadline-ms", b"9"),))) is None
+            first, second, third = (app.begin(request, answers.append) for _ in range(3))
+            assert not isinstance(first, Response)
+            assert not isinstance(second, Response)
+            assert isinstance(third, Response)
+            assert third.status == 429
+            assert (b"retry-after", b"1") in third.headers
+            assert b"try again" in third.body
+            hurried = app.begin(msgspec.structs.replace(request, headers={b"x-deadline-ms": b"9"}), answers.append)
+            assert isinstance(hurried, Response)
+            assert hurried.status == 429
+            second.cancel()
+            assert not isinstance(app.begin(request, answers.append), Response)  # it left its place
             engine.go.set()
-            assert [answer.status for answer in await asyncio.gather(*asked)] == [200, 200, 200]
-            assert app.shed(request) is None
+            while len(answers) < 2:
+                await asyncio.sleep(0.01)
+            assert [answer.status for answer in answers] == [200, 200]
+            assert not isinstance(app.begin(request, answers.append), Response)
         finally:
             app.close()
 
     asyncio.run(asyncio.wait_for(test(), 30))
     assert b'slipway_requests_total{code="429",endpoint="recommend"} 2.0' in metrics.exposition()
+
+
+def test_a_small_body_is_asked_by_calls_alone_and_what_may_take_long_in_a_task(package: Path) -> None:
+    bodies = [json.dumps({"history": [key(1 + n % ITEMS) for n in range(count)]}).encode() for count in (3, 3000)]
+    small, large = (Request("POST", RECOMMEND, body) for body in bodies)
+
+    async def test() -> None:
+        app = App("1", ServeParams(), Metrics(), None)
+        app.serve(models.load(package, "1", 1))
+        app.welcome()
+        answers: list[Response] = []
+        asked = [app.begin(request, answers.append) for request in (small, large, Request("GET", "/v2", b""))]
+        assert [type(pending) for pending in asked] == [Job, asyncio.Task, asyncio.Task]
+        bad = app.begin(Request("POST", RECOMMEND, b"{"), answers.append)
+        assert isinstance(bad, Response)
+        assert bad.status == 400
+        while len(answers) < 3:
+            await asyncio.sleep(0.01)
+        assert [answer.status for answer in answers] == [200, 200, 200]
+        app.close()
+
+    asyncio.run(asyncio.wait_for(test(), 30))
 
 
 class Faulty:

@@ -13,10 +13,11 @@ which is the order of popularity.
 # B batch, T time, K items in an answer
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, TypedDict, cast
+from typing import Annotated, Any, TypedDict
 
 import msgspec
 import numpy as np
@@ -27,6 +28,8 @@ from slipway.errors import DataError, ModelError, RequestError
 from slipway.workloads.base import Array, Endpoint, Query, Tensors, parse, stack
 
 MAX_HISTORY, MAX_KEY, MAX_K, MAX_IGNORED = 10_000, 512, 100, 20
+NO_SCORE = -1e6
+"""What is padding or excluded bears minus infinity, or a huge negative number."""
 
 
 class Request(msgspec.Struct, forbid_unknown_fields=True):
@@ -86,9 +89,9 @@ class RankerEndpoint:
         return self._query(ids, {"k": k, "ignored": ignored, "seen": sorted(set(ids))})
 
     def _look_up(self, keys: Sequence[str | int]) -> tuple[list[int], list[str | int]]:
-        found = list(map(self._ids.get, keys))  # nearly always all are known, and texts
-        if None not in found:
-            return cast("list[int]", found), []
+        known = self._ids
+        with suppress(KeyError):  # nearly always all are known, and texts
+            return [known[key] for key in keys], []
         ids: list[int] = []
         ignored: dict[str | int, None] = {}
         for key in keys:
@@ -128,20 +131,18 @@ class RankerEndpoint:
         if not len(query.inputs["history"]):
             return {"items": [{"item": key, "score": 0.0} for key in self._keys[:k]], "ignored": ignored}
         ids, scores = outputs["items"][:k].tolist(), outputs["scores"][:k].tolist()
-        # A small catalogue runs out: what is padding or excluded bears minus infinity, or a huge negative number.
-        items = [
-            {"item": self._keys[number - 1], "score": score}
-            for number, score in zip(ids, scores, strict=True)
-            if number > 0 and score > -1e6
-        ]
-        return {"items": items, "ignored": ignored}
+        keys = self._keys
+        best: Iterable[tuple[int, float]] = zip(ids, scores, strict=True)
+        if min(ids) <= 0 or min(scores) <= NO_SCORE:  # a small catalogue runs out
+            best = ((number, score) for number, score in best if number > 0 and score > NO_SCORE)
+        return {"items": [{"item": keys[number - 1], "score": score} for number, score in best], "ignored": ignored}
 
     def _unseen(self, query: Query, outputs: Tensors) -> Mapping[str, Any]:
         k, left_out = query.asked["k"], set(query.asked["seen"])
         best: list[Scored] = []
         if len(query.inputs["history"]):
             for number, score in zip(outputs["items"].tolist(), outputs["scores"].tolist(), strict=True):
-                if len(best) < k and number > 0 and score > -1e6 and number not in left_out:
+                if len(best) < k and number > 0 and score > NO_SCORE and number not in left_out:
                     best.append({"item": self._keys[number - 1], "score": score})
                     left_out.add(number)
         popular = (number for number in range(1, len(self._keys) + 1) if number not in left_out)
