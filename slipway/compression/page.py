@@ -111,14 +111,16 @@ def pareto(found: Mapping[str, Any], highlighted: str = "") -> Figure:
     figure, axes = canvas("latency (ms)", metric_title(found["metric"]), height=3.2)
     largest = max(each["size_bytes"] for each in variants.values())
     served = found["choice"]["recipe"]
-    for name, each in variants.items():
+    points = [(_first(each["latency_ms"]), each["metric"]) for each in variants.values()]
+    for number, (name, each) in enumerate(variants.items()):
         colour = PALETTE[2] if name == served else PALETTE[0] if name in found["front"] else PALETTE[5]
         edge = PALETTE[3] if name == highlighted else "none"
-        at = _first(each["latency_ms"]), each["metric"]
+        at = points[number]
         area = 30 + 220 * each["size_bytes"] / largest
         axes.scatter(*at, s=area, color=colour, alpha=0.75, edgecolors=edge, linewidths=2)
-        axes.annotate(f"{name}, {each['engine']}", at, xytext=(8, 6), textcoords="offset points", fontsize=8)
-    _frontier(axes, [(_first(each["latency_ms"]), each["metric"]) for each in variants.values()])
+        under = -14 if _crowded(at, points[:number], points) else 6
+        axes.annotate(f"{name}, {each['engine']}", at, xytext=(8, under), textcoords="offset points", fontsize=8)
+    _frontier(axes, points)
     axes.margins(0.15, 0.2)
     axes.set_xlim(left=0)
     return figure
@@ -126,6 +128,14 @@ def pareto(found: Mapping[str, Any], highlighted: str = "") -> Figure:
 
 def _first(latency: Mapping[Any, float]) -> float:
     return next(iter(latency.values()))
+
+
+def _crowded(at: tuple[float, float], labelled: Sequence[tuple[float, float]], points: Sequence[Any]) -> bool:
+    """Whether the label of a point that has one already is in the way."""
+    spans = [max(values) - min(values) for values in zip(*points, strict=True)]
+    return any(
+        all(abs(a - b) <= 0.05 * span for a, b, span in zip(at, other, spans, strict=True)) for other in labelled
+    )
 
 
 def _frontier(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
