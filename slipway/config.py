@@ -167,8 +167,8 @@ class SparseParams(Section):
 
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the rows that are trained (over 0 to 1; 1: dense)."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
-    """Dense steps before the first selection (0 or more); where they are under 60 % of all steps, quality suffers."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.75
+    """Share of the training that is dense, before the first selection (0..1, 1 excluded); less of it costs quality."""
     reselect_every: Count = 200
     """Steps after which the rows are selected anew (1 or more)."""
     tables: bool = False

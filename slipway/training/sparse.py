@@ -1,10 +1,10 @@
 """Top-K sparse training: of each weight matrix only the rows that are largest in magnitude are trained.
 
-After a dense warm-up every matrix in the model's blocks keeps its dense weight, frozen and under its own name, and gets
-a compact parameter that holds the live values of the selected rows. Forward and dX use the dense weight; dW is computed
-for the selected rows alone. Optimizer, gradient clipping and communication see only the compact parameters, so
-optimizer state and traffic fall with the share by construction. The selection is made anew every `reselect_every`
-steps: a period.
+After a dense warm-up, a share of the training, every matrix in the model's blocks keeps its dense weight, frozen and
+under its own name, and gets a compact parameter that holds the live values of the selected rows. Forward and dX use the
+dense weight; dW is computed for the selected rows alone. Optimizer, gradient clipping and communication see only the
+compact parameters, so optimizer state and traffic fall with the share by construction. The selection is made anew every
+`reselect_every` steps: a period.
 
 Tables, embeddings and output layers, have a row for each item or token. One that is not trained is not learned, and
 their gradient is a small part of a step, so they stay dense unless `tables` asks for the memory they take.
@@ -230,7 +230,7 @@ class Sparse:
         self.module, self.optimizer, self.params = module, optimizer, params
         self.rows: list[Rows] = []
         self.blocks = _blocks(module)
-        self.depth, self.period, self.settled = 0, -1, True
+        self.dense, self.depth, self.period, self.settled = True, 0, -1, True
         self.free: list[nn.Parameter] = []
         if params.share < 1 or params.freeze > 0:
             optimizer.register_step_post_hook(lambda *_: self._write())
@@ -238,30 +238,35 @@ class Sparse:
             for nth, block in enumerate(self.blocks):
                 block.register_forward_pre_hook(functools.partial(self._cut, nth), with_kwargs=True)
 
-    def begin(self, step: int) -> bool:
-        """Prepare for a step (counted from 0): leave the warm-up, select anew, freeze other blocks, if it is time.
+    def begin(self, step: int, done: float) -> bool:
+        """Prepare for a step: leave the warm-up, select anew, freeze other blocks, if it is time.
+
+        Args:
+            step: number of the step, from 0; a period begins with each multiple of `reselect_every`.
+            done: share of the training that is done at the end of the step (over 0 to 1).
 
         Returns:
             Whether what is trained has changed: rows, or frozen blocks, whose gradients come and go.
         """
-        done = step - self.params.warmup_steps
-        if done < 0 or (self.params.share == 1 and self.params.freeze == 0):
+        if done <= self.params.warmup or (self.params.share == 1 and self.params.freeze == 0):
             return False
-        before, (period, within) = self.depth, divmod(done, self.params.reselect_every)
-        if done == 0:
+        period, within = divmod(step, self.params.reselect_every)
+        first, before = self.dense, self.depth
+        if first:
             self._switch()
         elif within == 0:
             self._reselect()
         if period != self.period:
             self._freeze(period)
-        return within == 0 and (self.params.share < 1 or self.depth != before)
+        return (first or within == 0) and (self.params.share < 1 or self.depth != before)
 
-    def restore(self, steps: int) -> None:
-        """Take the form of a run that has done `steps` steps, so that its checkpoint can be loaded into it."""
-        if steps > self.params.warmup_steps:
+    def restore(self, done: float) -> None:
+        """Take the form of a run of which the share `done` is done, so that its checkpoint can be loaded into it."""
+        if done > self.params.warmup:
             self._switch()
 
     def _switch(self) -> None:
+        self.dense = False
         if self.params.share == 1:
             return
         made: dict[nn.Parameter, Rows] = {}

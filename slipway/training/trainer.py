@@ -144,7 +144,7 @@ class Trainer:
     def _step(self, batch: Tensors, turn: order.Turn, done: float) -> None:
         torch, state, rate = self.torch, self.state, learning_rate(self.job.train.learning_rate, done)
         torch.manual_seed(_mixed(self.job.train.seed, state.epoch, turn.index))
-        if self.sparse.begin(state.step):
+        if self.sparse.begin(state.step, done):
             self.reducer.forget()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
@@ -258,7 +258,8 @@ class Trainer:
     def _load(self, folder: Path) -> None:
         states = [artifacts.read_json(path) for path in sorted(folder.glob("state-*.json"), key=_number)]
         self.state, same = State.read(states, self.rank, self.world_size), len(states) == self.world_size
-        self.sparse.restore(self.state.step)
+        count = len(self.task.epoch(self.state.epoch, self.state.ranks))
+        self.sparse.restore((self.state.epoch + self.state.seen / count) / self.job.train.epochs)
         self.snapshots.restore(self.engine, folder)
         self.tool.settle(self.engine, self.job.train, self.disk)
         for name, kept in self.kept.items():

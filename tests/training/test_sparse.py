@@ -25,6 +25,7 @@ from slipway.training import checkpoints, loop, sparse
 from slipway.training.sparse import Rows, Sparse
 from tests.training.test_loop import job, weights
 
+STEPS = 128  # of a whole training
 SHARES = st.sampled_from([0.1, 0.3, 0.5, 0.9])
 
 
@@ -66,10 +67,10 @@ def trained(steps: int, **turned: Any) -> tuple[Net, torch.optim.AdamW, Sparse]:
     torch.manual_seed(0)
     net = Net()
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
-    params = {"share": 0.3, "warmup_steps": 2, "reselect_every": 4, "tables": True, **turned}
+    params = {"share": 0.3, "warmup": 2 / STEPS, "reselect_every": 4, "tables": True, **turned}
     technique = Sparse(net, optimizer, SparseParams.model_validate(params))
     for step in range(steps):
-        technique.begin(step)
+        technique.begin(step, (step + 1) / STEPS)
         update(net, optimizer, step)
     return net, optimizer, technique
 
@@ -145,7 +146,7 @@ def test_routed_experts_of_transformers_have_the_dense_answers_and_gradients() -
     dx, drouter, *expected = torch.autograd.grad(answer, [x, router, *experts.values()], dy)
 
     optimizer = torch.optim.AdamW(layer.parameters())
-    Sparse(layer, optimizer, SparseParams(share=0.3, warmup_steps=0)).begin(0)
+    Sparse(layer, optimizer, SparseParams(share=0.3, warmup=0)).begin(0, 1)
     again = layer(x)
     torch.testing.assert_close(again, answer)
     made = [each for name in experts if isinstance(each := layer.experts.get_submodule(name + sparse.SUFFIX), Rows)]
@@ -185,10 +186,10 @@ def test_a_new_selection_keeps_what_belongs_to_rows_that_stay(share: float, seed
 
 
 def test_only_selected_rows_change_and_the_optimizer_holds_state_for_them_alone() -> None:
-    net, optimizer, technique = trained(3)
+    net, optimizer, technique = trained(5)
     before, selected = dense(net), {name: rows.index for name, rows in rows_of(net).items()}
-    for step in range(3, 6):
-        technique.begin(step)
+    for step in range(5, 8):
+        technique.begin(step, (step + 1) / STEPS)
         update(net, optimizer, step)
     after = dense(net)
     assert after.keys() == Net().state_dict().keys()
@@ -218,7 +219,7 @@ def test_a_row_keeps_its_moments_over_the_end_of_the_warmup() -> None:
     net, optimizer, technique = trained(2)
     moments = {each: optimizer.state[each]["exp_avg"].clone() for each in net.parameters()}
     weight = net.blocks[0].get_submodule("1")._parameters["weight"]
-    technique.begin(2)
+    technique.begin(2, 3 / STEPS)
     rows = rows_of(net)["blocks.0.1.weight_rows"]
     assert weight is not None
     assert torch.equal(optimizer.state[rows.active]["exp_avg"], moments[weight][rows.index])
@@ -231,24 +232,24 @@ def test_blocks_are_frozen_in_turn_and_frozen_ones_do_not_move() -> None:
     assert {sparse.depth(period, 1, 0.9) for period in range(3)} == {
         sparse.depth(period, 0, 0.5) for period in range(3)
     }
-    net, optimizer, technique = trained(6, freeze=0.7)
+    net, optimizer, technique = trained(8, freeze=0.7)
     moved = []
-    for step in range(6, 18):
-        technique.begin(step)
+    for step in range(8, 20):
+        technique.begin(step, (step + 1) / STEPS)
         before = dense(net)
         update(net, optimizer, step)
         changed = {name for name, value in dense(net).items() if not torch.equal(value, before[name])}
         moved.append([any(name.startswith(f"blocks.{nth}.") for name in changed) for nth in range(3)])
         assert "table.weight" in changed, "the output layer is trained in every period"
-    assert moved == 4 * [[False, True, True]] + 4 * [[False, False, True]] + 4 * [[True, True, True]]
+    assert moved == 4 * [[False, False, True]] + 4 * [[True, True, True]] + 4 * [[False, True, True]]
 
 
 def test_compression_starts_anew_when_other_blocks_are_frozen(tmp_path: Path) -> None:
     net, _, technique = trained(2, share=1.0, freeze=0.7)
-    assert [technique.begin(step) for step in range(2, 15)] == [step in (6, 10, 14) for step in range(2, 15)]
+    assert [step for step in range(2, 15) if technique.begin(step, (step + 1) / STEPS)] == [4, 8, 12]
     assert all(each.requires_grad for each in net.parameters())
     told = {"method": "powersgd", "warmup_steps": 5}
-    freezing = {"freeze": 0.5, "warmup_steps": 0, "reselect_every": 3}  # other blocks while rows are still counted
+    freezing = {"freeze": 0.5, "warmup": 0, "reselect_every": 3}  # other blocks while rows are still counted
     run = job(tmp_path, world_size=1, epochs=1, zero=0, sparse=freezing, communication=told)
     state = loop.train(replace(run, model=run.model.model_copy(update={"blocks": 2})))
     assert state.step > 9
@@ -259,7 +260,7 @@ def test_it_learns() -> None:
     net, optimizer, technique = trained(0, freeze=0.7)
     losses = []
     for step in range(120):
-        technique.begin(step)
+        technique.begin(step, (step + 1) / STEPS)
         losses.append(update(net, optimizer, step))
     assert losses[-1] < 0.3 * losses[1], losses
 
@@ -276,7 +277,7 @@ def test_what_sparse_training_does_not_go_with_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_sparse_run_ends_bit_for_bit_like_one_that_was_not(tmp_path: Path) -> None:
-    technique = {"share": 0.3, "warmup_steps": 5, "reselect_every": 4, "tables": True, "freeze": 0.5}
+    technique = {"share": 0.3, "warmup": 0.1, "reselect_every": 4, "tables": True, "freeze": 0.5}
     whole = job(tmp_path / "whole", zero=0, sparse=technique)
     whole = replace(whole, model=whole.model.model_copy(update={"blocks": 2}))
     state = loop.train(whole)
