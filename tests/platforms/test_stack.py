@@ -102,6 +102,21 @@ def test_a_second_up_changes_nothing_and_only_this_user_reaches_the_orders(home:
     assert [row.well for row in stack.status(params)] == [False, False]
 
 
+def test_a_program_that_was_killed_is_started_anew_at_once(home: Path) -> None:
+    stack.up(stand.params(), ["redis"], silent)
+    leader = stack.session(Layout(home)).leader  # type: ignore[union-attr]  # it is up
+    children, waits = Path(f"/proc/{leader}/task/{leader}/children"), []
+    for _ in range(3):
+        time.sleep(1.2)  # what ends sooner waits before it is tried again
+        killed = children.read_text().split()
+        began = time.monotonic()
+        os.kill(int(killed[0]), signal.SIGKILL)
+        while children.read_text().split() in ([], killed):
+            time.sleep(0.005)
+        waits.append(time.monotonic() - began)
+    assert min(waits) < 0.5, "supervisord's own loop takes a second"
+
+
 def test_without_a_version_the_gateway_says_so(home: Path) -> None:
     params = stand.params()
     stack.up(params, ["gateway"], silent)

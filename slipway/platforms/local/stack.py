@@ -101,7 +101,8 @@ def _start_supervisor(layout: Layout, supervisor: Supervisor) -> None:
     foreign = ("AIRFLOW__", "SLIPWAY_")
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
     conf = layout.home / "supervisor" / "supervisord.conf"
-    command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(conf)]
+    # Without -P the modules beside it would come before supervisor's own.
+    command = [sys.executable, "-P", str(Path(__file__).with_name("keeper.py")), "-c", str(conf)]
     started = subprocess.run(
         command,
         env=inherited | own,
