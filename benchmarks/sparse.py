@@ -13,7 +13,7 @@ The metric is that of whole runs, 16 epochs (llm: 8) from each seed. Their last 
 setting, from one checkpoint: a run that goes on from a checkpoint ends with the same weights as one from the start.
 Most settings are trained from the first seed alone. "stopped" is the best of the first three quarters.
 
-On 2 quiet cores the steps take 5 minutes a workload, the traffic 2, the metric 10 (ranker) and 40 (llm).
+On 2 quiet cores the steps take 4 to 6 minutes a workload; how long the metric takes was not timed.
 """
 
 from __future__ import annotations
