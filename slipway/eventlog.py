@@ -321,8 +321,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _growing(folder: Path, full: int) -> Path | None:
-    smallest = min(_files(folder), key=lambda path: path.stat().st_size, default=None)
-    return smallest if smallest is not None and smallest.stat().st_size < full else None
+    sizes = {path: path.stat().st_size for path in _files(folder)}
+    # The largest: of many small ones, as removed users or earlier versions leave them, one fills at a time.
+    return max((path for path, size in sizes.items() if size < full), key=sizes.__getitem__, default=None)
 
 
 def _add(target: Path, events: list[Event]) -> None:

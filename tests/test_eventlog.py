@@ -109,6 +109,18 @@ def test_journals_are_added_to_one_file_until_it_is_full(tmp_path: Path) -> None
     assert all(2500 <= path.stat().st_size < 3000 for path in files(tmp_path)[:-1])
 
 
+def test_of_many_small_files_one_grows(tmp_path: Path) -> None:
+    for number in range(4):
+        Journal(tmp_path).write([event(os.urandom(16).hex(), number)])
+        eventlog.sweep(tmp_path, full=1)
+    small = files(tmp_path)
+    for number in range(4, 8):
+        Journal(tmp_path).write([event(os.urandom(16).hex(), number)])
+        eventlog.sweep(tmp_path)
+    assert files(tmp_path) == small
+    assert sorted(pq.read_metadata(path).num_rows for path in small) == [1, 1, 1, 5]
+
+
 def test_ingest_has_each_event_once_whatever_is_written_and_removed_meanwhile(tmp_path: Path) -> None:
     folder, told, enough = tmp_path / "log", 0, threading.Event()
 

@@ -178,7 +178,7 @@ class Connection(asyncio.Protocol):
         self._stays = self._head_alone = False  # what it is answered to: is more to come, is no body wanted
         self._paused = False  # the client does not take its answers
         self._deaf = False  # nothing more is read as a request
-        self._gone = False
+        self._ended = False  # nothing more is answered
         self._url = b""
         self._headers: dict[bytes, bytes] = {}
         self._head_bytes = self._body_bytes = 0
@@ -192,7 +192,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """It hung up, or was hung up on."""
-        self._gone = True
+        self._ended = True
         self._parser = None
         self._edge.lost(self)
         self._turns.clear()
@@ -292,7 +292,9 @@ class Connection(asyncio.Protocol):
     # What goes out.
 
     def _answer(self, ask: Request | Response, stays: bool) -> None:
-        """Answer now, or when all that came before is answered."""
+        """Answer now, or when all that came before is answered; behind the last answer nothing."""
+        if self._ended:  # it came in the same bytes
+            return
         if self._pending is None and not self._paused and not self._turns:
             self._begin(ask, stays)
             return
@@ -345,7 +347,7 @@ class Connection(asyncio.Protocol):
             self._transport.write_eof()
         else:
             self._transport.close()
-        self._deaf = True
+        self._deaf = self._ended = True
 
     # Its end, by the edge.
 

@@ -89,9 +89,8 @@ def _begin(job: Job, left: int, team: Team) -> tuple[int, Path | None]:
         return left, None if resume is None else resume.name, job.checkpoints.name, proof
 
     left, name, run, proof = team.agree(decide)
-    seen = _lock(
-        job.checkpoints.with_name(run)
-    )  # if this node's run has another name, its processes tell why: agreement
+    # By the first node's name of the run: if this node has another one, its processes tell why (agreement).
+    seen = _lock(job.checkpoints.with_name(run))
     if not seen.exists() or seen.read_text() != proof:
         raise SlipwayError(
             f"training: node {team.node.rank} does not see node 0's checkpoints in {job.checkpoints.parent}; on "

@@ -93,6 +93,8 @@ def here(environment: Mapping[str, str] = os.environ) -> Node:
     count, rank, port = (int(read(name)) for name in names)
     if not rank < count:
         raise SlipwayError(f"environment: NODE_RANK={rank}, but of NNODES={count} the last is {count - 1}")
+    if not 0 < port < 65536:
+        raise SlipwayError(f"environment: MASTER_PORT={port}, but ports are 1 to 65535")
     return Node(rank, count, read("MASTER_ADDR"), port)
 
 
@@ -248,6 +250,8 @@ def _welcome(listener: socket.socket, node: Node, world_size: int, links: dict[i
         link.node = int(hello["node"])
         told = {name: int(hello[name]) for name in ("NNODES", "train.world_size")}
     except (KeyError, TypeError, ValueError):
+        told = {}
+    if not 0 < link.node < told.get("NNODES", 0):
         link.close()
         return
     before = links.get(link.node)

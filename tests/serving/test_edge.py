@@ -122,8 +122,11 @@ def at(test: Callable[[Site], Awaitable[None]], idle_s: int = 60, size: int = 0)
             raise
         return Response(200, f"[{request.path}]".encode().ljust(size), ())
 
+    failures: list[object] = []
+
     async def run() -> None:
         nonlocal site
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
         listener = socket.create_server(("127.0.0.1", 0))
         edge = Edge(in_tasks(answer, refuse), refuse, 1000, idle_s)
         site = Site(edge, listener.getsockname()[1], [], asyncio.Event())
@@ -136,6 +139,7 @@ def at(test: Callable[[Site], Awaitable[None]], idle_s: int = 60, size: int = 0)
             await site.edge.close(0.1)
 
     uvloop.run(run())
+    assert not failures
 
 
 async def true(condition: Callable[[], bool]) -> None:
@@ -230,6 +234,7 @@ ODD = {
     "an upgrade": (b"GET /a HTTP/1.1\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n", b"[/a]"),
     "no path": (b"OPTIONS * HTTP/1.1\r\nConnection: close\r\n\r\n", b"[*]"),
     "data after the last request": (b"GET /a HTTP/1.1\r\nConnection: close\r\n\r\nGET /b HTTP/1.1\r\n\r\n", b"[/a]"),
+    "data after one too large": (head(2000, "Connection: close") + b"x" * 2000 + b"GET /b HTTP/1.1\r\n\r\n", b"413"),
 }
 
 

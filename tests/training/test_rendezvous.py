@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -45,6 +46,7 @@ def test_the_variables_of_torchrun_or_of_kubeflow_tell_the_node() -> None:
         ({"NNODES": "1:2"}, "NNODES=1:2"),
         ({"MASTER_ADDR": ""}, "MASTER_ADDR="),
         ({"NODE_RANK": "2"}, "NODE_RANK=2, but of NNODES=2 the last is 1"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536, but"),
         ({"TORCHELASTIC_RUN_ID": "x"}, "once on each node"),
     ],
 )
@@ -153,10 +155,23 @@ def test_two_nodes_of_one_number_are_refused(meet: Meet) -> None:
             node.result()
 
 
-def test_who_is_no_launcher_is_left_standing(meet: Meet) -> None:
+def _framed(text: bytes) -> bytes:
+    return struct.pack("!i", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"GET / HTTP/1.0\r\n\r\n",
+        _framed(b'{"node": 1}'),
+        _framed(b'{"node": 7, "NNODES": 2, "train.world_size": 12}'),
+        _framed(b'{"node": 0, "NNODES": 2, "train.world_size": 12}'),
+    ],
+)
+def test_who_is_no_launcher_is_left_standing(meet: Meet, said: bytes) -> None:
     def call() -> bool:
         with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", meet.port), timeout=60) as caller:
-            caller.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            caller.sendall(said)
             with suppress(ConnectionResetError):  # it hangs up without having read all
                 assert caller.recv(1) == b""
             return True

@@ -108,7 +108,8 @@ end
 -- A canary's user, whose requests the champion answers where the canary refuses: its slowness is no user's affair. Batch
 -- requests can wait, and who names a version means it.
 function M.resume()
-    begin(state.get(), "canary", "realtime", false)
+    local now = state.get() -- `assign` may have seen an older one: what it knew is lost on the way
+    begin(now, now.canary and "canary" or "champion", "realtime", false)
 end
 
 -- The replica among `addresses` with the fewest requests in flight that was not tried yet and is ready (or need not be).
