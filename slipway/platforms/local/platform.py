@@ -1,9 +1,9 @@
 """The local platform: replicas are processes under supervisord, nginx routes to them, Prometheus finds them in a file.
 
 What should be is kept in `platform.json`, the same document that the gateway reads at its start and gets over its
-admin socket:
+admin socket (`routed`: when the routing last changed):
 
-    {"routing": {"champion": "4", "canary": null, "canary_weight": 0.0},
+    {"routing": {"champion": "4", "canary": null, "canary_weight": 0.0}, "routed": 1790000000.0,
      "deployments": {"4": {"workload": "ranker", "wanted": 2, "params": {"serve": {...}, "pools": {...}},
                            "replicas": [{"name": "ranker-4-1", "port": 18100, "serving": true, "pool": "cpu"}, ...]}},
      "pools": {"realtime": ["cpu", "gpu"], "batch": null, "prices": {...}, "low_rps": 100.0, ...}}
@@ -205,7 +205,9 @@ class LocalPlatform:
             before = document["routing"]
             for version in {routing.champion, routing.canary} - {None, before["champion"], before["canary"]}:
                 self._refuse_unready(document, str(version))
-            document["routing"], document["pools"] = asdict(routing), self._pools()
+            document["pools"] = self._pools()
+            if before != (after := asdict(routing)):
+                document["routing"], document["routed"] = after, time.time()
 
     def status(self) -> Status:
         """What runs now: the routing on record, and every replica with its readiness at this moment."""

@@ -54,7 +54,7 @@ local function compile(document)
         versions = versions,
         pools = pools_in(document.pools),
         pools_of = pools_of,
-        routed = dict:get("routed") or ngx.now(),
+        routed = document.routed or ngx.now(),
     }
 end
 
@@ -85,10 +85,6 @@ function M.replace(body)
     local stored, why = dict:safe_set("document", body)
     if not stored then
         return nil, why
-    end
-    if not before or before.champion ~= state.champion or before.canary ~= state.canary
-        or before.weight ~= state.weight then
-        dict:set("routed", ngx.now())
     end
     dict:incr("generation", 1, 0)
     return true
