@@ -275,11 +275,15 @@ def _joined(node: Node, world_size: int, deadline: float) -> Team:
         try:
             link = Link(0, socket.create_connection((node.address, node.port), timeout=HELLO_S))
             link.tell(node=node.rank, **{"NNODES": node.count, "train.world_size": world_size})
-            message = link.hear()
-            if "gone" not in message:
-                break
-            link.close()  # it was killed meanwhile, and may be started again
-            why = str(message["message"])
+            # It speaks when all are there or its own wait is over, which may have begun a little later.
+            if wait([link], max(0.0, deadline + LOST_S - time.monotonic())):
+                message = link.hear()
+                if "gone" not in message:
+                    break
+                why = str(message["message"])  # it was killed meanwhile, and may be started again
+            else:
+                why = "who listens there says nothing"
+            link.close()
         except OSError as error:
             why = str(error)
         if time.monotonic() > deadline:

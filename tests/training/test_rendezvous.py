@@ -141,6 +141,14 @@ def test_without_the_first_node_the_wait_is_bounded(meet: Meet) -> None:
         meet(1, wait_s=1.0).result()
 
 
+def test_whoever_else_listens_there_and_says_nothing_is_not_waited_for(
+    meet: Meet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, "LOST_S", 4)
+    with socket.create_server(("127.0.0.1", meet.port)), pytest.raises(TransientError, match="says nothing"):
+        meet(1, wait_s=0.1).result(timeout=30)
+
+
 def test_nodes_that_were_told_differently_are_refused(meet: Meet) -> None:
     nodes = [meet(0, count=2), meet(1, count=3)]
     for node in nodes:
