@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slipway import trained
 from slipway.compression import engine, gate
 from slipway.config import CompressParams
 from slipway.errors import ModelError
@@ -118,13 +118,13 @@ def test_a_model_of_which_half_is_missing_is_named_and_refused(tmp_path: Path) -
     with pytest.raises(ModelError, match=r"fp32\.onnx"):
         engine.load(b"half a model", "fp32.onnx")
     folder = data.write(tmp_path / "data", [[1, 2, 3, 4]])
-    trained = tmp_path / "trained"
-    trained.mkdir()
-    (trained / "model.json").write_text(RankerParams(width=8).model_dump_json())
-    weights: Any = {"item.weight": np.zeros((9, 8), np.float32)}
-    np.savez(trained / "weights.npz", **weights)
+    weights, place = {"item.weight": np.zeros((9, 8), np.float32)}, tmp_path / "trained"
+    trained.write(place, "llm", weights, {})
+    with pytest.raises(ModelError, match="a model of the workload llm, not ranker"):
+        Export(folder, place)
+    trained.write(place, "ranker", weights, RankerParams(width=8).model_dump())
     with pytest.raises(ModelError, match="made from other data"):
-        Export(folder, trained)
-    (trained / "weights.npz").write_bytes((trained / "weights.npz").read_bytes()[:100])
+        Export(folder, place)
+    (place / trained.WEIGHTS).write_bytes((place / trained.WEIGHTS).read_bytes()[:100])
     with pytest.raises(ModelError, match=r"weights\.npz: torn"):
-        Export(folder, trained)
+        Export(folder, place)

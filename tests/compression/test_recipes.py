@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from slipway import artifacts
+from slipway import trained
 from slipway.compression import build, distill, engine, prune, qat, recipes
 from slipway.compression.compiled import Torch
 from slipway.compression.finetune import Tuner
@@ -42,11 +41,10 @@ def export(ingested: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
-    trained = tmp_path_factory.mktemp("trained")
-    weights: Any = {name: value.numpy() for name, value in model.state_dict().items()}
-    np.savez(trained / "weights.npz", **weights)
-    artifacts.write_json(trained / "model.json", {"workload": "classifier", **task.about()})
-    return Export(ingested, trained)
+    folder = tmp_path_factory.mktemp("trained")
+    weights = {name: value.numpy() for name, value in model.state_dict().items()}
+    trained.write(folder, "classifier", weights, task.about())
+    return Export(ingested, folder)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
