@@ -1,7 +1,7 @@
 """Training processes of this machine: started together, ended together; the first error is the one that is told.
 
 A process that dies, by an exception or by a signal, ends the others, on all nodes (rendezvous.py). If the caller itself
-is killed, the kernel ends the processes. On one machine they meet through a file and talk over the loopback interface.
+is killed, the processes end themselves. On one machine they meet through a file and talk over the loopback interface.
 They are forked from a server that has imported torch and DeepSpeed once, which costs more than to train a small model.
 """
 
@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing import reduction
@@ -27,7 +28,7 @@ from slipway.errors import SlipwayError, TransientError
 from slipway.training.rendezvous import LOST_S, Link, Team
 
 HEAVY = "slipway.training.engine"  # what the server imports
-PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
+PR_SET_NAME = 15
 GRACE_S = 5.0
 SETTLE_S = 1.0  # after an error of one process: time for the death of another, which may be its cause, to show
 
@@ -158,12 +159,20 @@ def _end(processes: list[ForkServerProcess]) -> None:
             process.join()
 
 
-def end_with_server() -> None:
-    """Have the kernel end this process with the server that it was forked from, which ends with the caller."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def end_with_caller() -> None:
+    """Have this process killed when its caller dies, whatever it is in the midst of.
+
+    Not by the kernel (PR_SET_PDEATHSIG): for it the parent is the server that this process was forked from, and that
+    outlives the caller, because every process keeps open what tells the server that it is still needed.
+    """
     caller = multiprocessing.parent_process()
-    if caller is None or not caller.is_alive():  # it died before the line above
-        os._exit(1)
+    assert caller is not None
+
+    def watch() -> None:
+        caller.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="caller", daemon=True).start()
 
 
 def _main(
@@ -177,7 +186,7 @@ def _main(
     *rest: Any,
 ) -> None:
     """Live and die as one rank."""
-    end_with_server()
+    end_with_caller()
     ctypes.CDLL(None).prctl(PR_SET_NAME, f"slipway rank {rank}".encode())  # as `ps` and `top` show it
     os.environ.update(variables, WORLD_SIZE=str(world))
     logging.basicConfig(level="INFO" if rank == 0 else "ERROR", format="%(levelname)s %(name)s: %(message)s")

@@ -188,9 +188,8 @@ def _layout(batch: Tensors) -> tuple[Layout, int]:
 
 def _serve(pipe: Connection, task: Callable[[], Source]) -> None:
     """Live and die as one worker."""
-    processes.end_with_server()
+    processes.end_with_caller()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the rank ends its workers
-    threading.Thread(target=_end_with_rank, daemon=True).start()
     try:
         own = task()
         if "torch" in sys.modules:
@@ -233,10 +232,3 @@ def _answer(
     if descriptor is not None:
         reduction.send_handle(pipe, descriptor, None)
         os.close(descriptor)
-
-
-def _end_with_rank() -> None:
-    rank = multiprocessing.parent_process()
-    assert rank is not None
-    rank.join()  # in the midst of a batch too, when nobody reads the pipe
-    os._exit(1)

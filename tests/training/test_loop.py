@@ -17,6 +17,7 @@ from slipway.config import TrainParams
 from slipway.errors import SlipwayError, TransientError
 from slipway.training import checkpoints, loop, processes, trainer
 from slipway.workloads.ranker.params import RankerParams
+from tests.conftest import until
 from tests.ranker import data
 
 MODEL = RankerParams(width=16, blocks=1, max_length=8, dropout=0.2, negatives=16)
@@ -95,6 +96,23 @@ def _fail(rank: int, world_size: int, meeting: str) -> str:
         raise SlipwayError("training: rank 1 is at fault")
     time.sleep(600)
     return "never"
+
+
+def _wait(rank: int, world_size: int, meeting: str, folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_process_outlives_its_launcher(tmp_path: Path, number: int) -> None:
+    launcher = multiprocessing.get_context("spawn").Process(target=processes.run, args=(2, _wait, tmp_path))
+    launcher.start()
+    until(lambda: len(list(tmp_path.iterdir())) == 2, 60)
+    ranks = [int(path.name) for path in tmp_path.iterdir()]
+    assert launcher.pid is not None
+    os.kill(launcher.pid, number)
+    launcher.join()
+    until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), 10)
 
 
 def test_a_killed_rank_ends_the_others_and_is_told(capfd: pytest.CaptureFixture[str]) -> None:
