@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ from slipway.platforms.base import Routing
 from slipway.platforms.local import airflow, gateway, processes, programs, stack
 from slipway.platforms.local.layout import Layout
 from slipway.platforms.local.platform import LocalPlatform
-from slipway.platforms.local.supervisor import configuration
-from tests.conftest import ROOT, free_port, needs
+from slipway.platforms.local.supervisor import Supervisor, configuration
+from tests.conftest import ROOT, free_port, needs, until
 from tests.platforms import stand
 
 pytestmark = needs("nginx", "redis-server", "prometheus")
@@ -115,6 +116,21 @@ def test_a_program_that_was_killed_is_started_anew_at_once(home: Path) -> None:
             time.sleep(0.005)
         waits.append(time.monotonic() - began)
     assert min(waits) < 0.5, "supervisord's own loop takes a second"
+
+
+def test_what_is_started_in_the_midst_of_a_stop_is_stopped_too(home: Path) -> None:
+    """As an autoscaler does with replicas of a version that is just removed."""
+    stack.up(stand.params(), ["redis", "state"], silent)
+    supervisor = Supervisor(Layout(home))
+    slow = supervisor.processes()["state"].pid
+    os.kill(slow, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as thread:
+        stopping = thread.submit(Supervisor(Layout(home)).stop, ["redis", "state"], 30.0)
+        until(lambda: not supervisor.processes()["redis"].alive)
+        supervisor.start("redis")
+        os.kill(slow, signal.SIGCONT)
+        stopping.result()
+    assert not any(process.alive for process in supervisor.processes().values())
 
 
 def test_without_a_version_the_gateway_says_so(home: Path) -> None:

@@ -174,9 +174,11 @@ class Supervisor:
         for name in (name for name in names if name in known):
             self._call("stopProcess", name, False)
         deadline = time.monotonic() + timeout_s
-        while still := [name for name in names if (p := self.processes().get(name)) is not None and p.alive]:
+        while still := [p for p in self.processes().values() if p.name in names and p.alive]:
             if time.monotonic() > deadline:
-                raise PlatformError(f"did not stop within {timeout_s:.0f} s: {', '.join(still)}")
+                raise PlatformError(f"did not stop within {timeout_s:.0f} s: {', '.join(p.name for p in still)}")
+            for name in (process.name for process in still if process.state != "STOPPING"):
+                self._call("stopProcess", name, False)  # who was about to start it did so after all
             time.sleep(0.05)
 
     def shutdown(self) -> None:
