@@ -7,11 +7,13 @@ SLIPWAY_HOME, SLIPWAY_RUN. A process of the same stage of the same run that a ki
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -30,6 +32,23 @@ _EXITED = re.compile(r"exited with (-?\d+)")  # how DVC tells the exit code of a
 # What DVC advises to do by hand is done when the run closes; in a task's log it would mislead.
 _ADVICE = re.compile(r"To track the changes with git|To enable auto staging|Use `dvc push`|\s+git add |\s+dvc config ")
 _RESTORED = re.compile(r"is cached - skipping run|didn't change, skipping")
+
+
+def end_with_caller() -> None:
+    """Have this process killed when its caller dies, whatever it is in the midst of.
+
+    A pool does not see it while it waits for work. Not by the kernel (PR_SET_PDEATHSIG): for it the parent of what a
+    forkserver makes is that server, and that outlives the caller, because every process keeps open what tells the
+    server that it is still needed.
+    """
+    caller = multiprocessing.parent_process()
+    assert caller is not None
+
+    def watch() -> None:
+        caller.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="caller", daemon=True).start()
 
 
 @contextmanager

@@ -15,7 +15,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing import reduction
@@ -24,6 +23,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from slipway import commands
 from slipway.errors import SlipwayError, TransientError
 from slipway.training.rendezvous import LOST_S, Link, Team
 
@@ -159,22 +159,6 @@ def _end(processes: list[ForkServerProcess]) -> None:
             process.join()
 
 
-def end_with_caller() -> None:
-    """Have this process killed when its caller dies, whatever it is in the midst of.
-
-    Not by the kernel (PR_SET_PDEATHSIG): for it the parent is the server that this process was forked from, and that
-    outlives the caller, because every process keeps open what tells the server that it is still needed.
-    """
-    caller = multiprocessing.parent_process()
-    assert caller is not None
-
-    def watch() -> None:
-        caller.join()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="caller", daemon=True).start()
-
-
 def _main(
     sender: Connection,
     work: Callable[..., Any],
@@ -186,7 +170,7 @@ def _main(
     *rest: Any,
 ) -> None:
     """Live and die as one rank."""
-    end_with_caller()
+    commands.end_with_caller()
     ctypes.CDLL(None).prctl(PR_SET_NAME, f"slipway rank {rank}".encode())  # as `ps` and `top` show it
     os.environ.update(variables, WORLD_SIZE=str(world))
     logging.basicConfig(level="INFO" if rank == 0 else "ERROR", format="%(levelname)s %(name)s: %(message)s")

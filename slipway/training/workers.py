@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from slipway import commands
 from slipway.errors import SlipwayError, TransientError
 from slipway.training import processes
 from slipway.workloads.base import Array, Tensors
@@ -188,7 +189,7 @@ def _layout(batch: Tensors) -> tuple[Layout, int]:
 
 def _serve(pipe: Connection, task: Callable[[], Source]) -> None:
     """Live and die as one worker."""
-    processes.end_with_caller()
+    commands.end_with_caller()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the rank ends its workers
     try:
         own = task()

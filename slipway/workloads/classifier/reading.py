@@ -12,7 +12,6 @@ import hashlib
 import io
 import multiprocessing
 import os
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,6 +22,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from slipway import commands
 from slipway.errors import PictureError, TransientError
 from slipway.workloads.classifier import dali, decoding, likeness
 from slipway.workloads.classifier.decoding import Limits, Pixels
@@ -165,7 +165,7 @@ def read(reader: Reader, entries: Sequence[Entry], processes: int | None = None)
             yield from reader.read(batch)
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=commands.end_with_caller) as pool:
         under_way: deque[tuple[Sequence[Entry], Future[list[Seen]]]] = deque()
         try:
             for batch in batches:
@@ -186,18 +186,6 @@ def _result(batch: Sequence[Entry], future: Future[list[Seen]]) -> list[Seen]:
             f"a process that reads pictures was killed between {batch[0].name} and some files after {batch[-1].name}: "
             "out of memory (lower ingest.images.max_megapixels), or a file that crashes the decoder (remove it)"
         ) from error
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent is gone, which a pool does not see while it waits for work."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def usual_side(root: Path, entries: Sequence[Entry], max_bytes: int, sample: int = 200) -> int:

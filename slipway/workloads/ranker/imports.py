@@ -10,22 +10,20 @@ module counts once a file, because what a user already has is never recommended.
 from __future__ import annotations
 
 import ast
-import ctypes
 import importlib.metadata
 import multiprocessing
-import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path, PurePosixPath
 
+from slipway import commands
 from slipway.errors import DataError
 from slipway.progress import track
 
 PROCESSES = 2
 MAX_BYTES = 48_000
 """Longer files are left out: a twelfth of the files, half of the time to parse, mostly tables and generated code."""
-_PR_SET_PDEATHSIG = 1
 
 
 def write(distributions: Sequence[str], path: Path) -> None:
@@ -50,7 +48,7 @@ def mine(distributions: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Yield every source file, by its path in its distribution, with the modules it imports, in a lasting order."""
     files = _files(distributions)
     context = multiprocessing.get_context("spawn")  # a fork may copy a lock that a thread holds
-    with ProcessPoolExecutor(PROCESSES, context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(PROCESSES, context, initializer=commands.end_with_caller) as pool:
         found = pool.map(imported, files.values(), files, chunksize=64)
         yield from zip(files, track(found, "ingest: mine imports", len(files), "files"), strict=True)
 
@@ -69,11 +67,6 @@ def _files(distributions: Sequence[str]) -> dict[str, Path]:
             if file.suffix == ".py" and ".." not in file.parts:
                 files[file.as_posix()] = Path(str(distribution.locate_file(file)))
     return {file: path for file, path in files.items() if path.is_file() and path.stat().st_size <= MAX_BYTES}
-
-
-def _end_with_parent() -> None:
-    # A worker whose parent was killed would wait for work for ever.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def imported(path: Path, file: str) -> list[str]:
