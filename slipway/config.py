@@ -87,7 +87,7 @@ class IngestParams(Section):
     """A table (ranker; also a URL), a text file or folder (llm), a folder or archive of class folders (classifier), or
     `embedded`: what is there."""
     format: Literal["auto", "csv", "tsv", "parquet", "text"] = "auto"
-    """Form of the source; auto: by its ending (text: columns parted by blanks, no header)."""
+    """Form of the source; auto: by its ending (csv: parted by commas, semicolons or bars; text: by blanks)."""
     columns: Columns = Columns()
     """Which columns hold what."""
     min_user_events: Annotated[int, Field(ge=3)] = 3

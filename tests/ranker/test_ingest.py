@@ -176,6 +176,17 @@ def test_a_source_behind_http_is_read(tmp_path: Path, web: str) -> None:
     assert histories(read(params(f"{web}/e.csv"), tmp_path / "out")) == EXPECTED
 
 
+@pytest.mark.parametrize("delimiter", ";|")
+def test_a_csv_may_be_parted_as_spreadsheets_do(tmp_path: Path, delimiter: str) -> None:
+    lines = [("user", "item", "bought at", "time"), *((u, f'"{i}"', f"{t},5", t) for u, i, t in EVENTS)]
+    source = tmp_path / "e.csv"
+    source.write_text("".join(delimiter.join(map(str, line)) + "\n" for line in lines))
+    assert histories(read(params(source), tmp_path / "out")) == EXPECTED
+    source.write_text("".join(delimiter.join((u, i, f"{t},5", str(t))) + "\n" for u, i, t in EVENTS))
+    found = read(params(source, {"user": 0, "item": 1, "time": 3}), tmp_path / "bare")
+    assert histories(found) == EXPECTED
+
+
 def truncated(path: Path) -> None:
     pyarrow.parquet.write_table(pa.table({"user": ["a"] * 99, "item": ["b"] * 99}), path)
     path.write_bytes(path.read_bytes()[:-20])
@@ -192,8 +203,7 @@ BROKEN = {
     "odd.xlsx": ("x", "set ingest.format"),
     "no.parquet": ("user,item", "not a Parquet file"),
     "cut.parquet": (truncated, "truncated Parquet file"),
-    "bars.csv": ("user|item|time\na|b|1\n", "bars seem right"),
-    "tabs.csv": ("user\titem\ttime\na\tb\t1\n", r"tabs \(tsv\) seem right"),
+    "tabs.csv": ("user\titem\ttime\na\tb\t1\n", "tabs seem right: set ingest.format to tsv"),
     "column.csv": ("who,item,time\na,b,1\n", "no column 'user'; there are: who, item, time"),
     "short.csv": (HEAD + "a,b,1\na,b\n", "row 3 holds 2 fields, not 3"),
     "long.csv": (HEAD + "a,b,1\na,b,2,3\n", "row 3 holds 4 fields, not 3"),

@@ -31,8 +31,9 @@ ENDINGS = {
     ".text": "text",
     ".dat": "text",
 }
-DELIMITERS = {"csv": ",", "tsv": "\t", "text": " "}
-NAMES = {",": "commas (csv)", "\t": "tabs (tsv)", " ": "blanks (text)", ";": "semicolons", "|": "bars"}
+DELIMITERS = {"csv": ",;|", "tsv": "\t", "text": " "}
+"""What may part the columns of each form; of several that which fits the first lines."""
+SPOKEN = {"csv": "commas, semicolons or bars", "tsv": "tabs", "text": "blanks"}
 HEAD = 1 << 16
 """Bytes of a file that are looked at before it is read."""
 
@@ -56,6 +57,8 @@ class Table:
     user: int
     item: int
     time: int | None
+    delimiter: str = ""
+    """What parts the columns of a table of text."""
 
     def scan(self) -> str:
         """Give a query for `row` (from 1; a header counts), and `user`, `item` and `time` as text."""
@@ -71,7 +74,7 @@ class Table:
             names = ", ".join(f"'c{column}': 'VARCHAR'" for column in range(1, self.width + 1))
             field = "c{}"
             source = f"""read_csv({path}, auto_detect = false, header = {self.header}, strict_mode = true,
-                delim = '{DELIMITERS[self.format]}', quote = '"', escape = '"', columns = {{{names}}})"""
+                delim = '{self.delimiter}', quote = '"', escape = '"', columns = {{{names}}})"""
         user, item = (_no_blank(field.format(column + 1)) for column in (self.user, self.item))
         time = "CAST(NULL AS VARCHAR)" if self.time is None else _no_blank(field.format(self.time + 1))
         return f"SELECT {row} AS row, {user} AS user, {item} AS item, {time} AS time FROM {source}"
@@ -166,17 +169,26 @@ def _look(name: str, path: Path, form: str, columns: Columns) -> Table:
     """Look at the first lines of a table of text: is it text, how is it parted, which columns has it."""
     lines = _first_lines(name, path)
     header = any(isinstance(column, str) for column in (columns.user, columns.item, columns.time))
-    names = _cut(lines[0], form)
-    if len(names) == 1:
+    delimiter = _delimiter(form, lines)
+    if delimiter is None:
         raise DataError(_misparted(name, form, lines))
+    names = _cut(lines[0], delimiter)
     if header and len(lines) == 1:
         raise DataError(f"{name}: there are no rows under the header")
     user, item, time = _find(name, names, columns, header)
-    return Table(name, path, form, header, len(names), user, item, time)
+    return Table(name, path, form, header, len(names), user, item, time, delimiter)
 
 
-def _cut(line: str, form: str) -> list[str]:
-    return line.split() if form == "text" else next(csv.reader([line], delimiter=DELIMITERS[form]))
+def _delimiter(form: str, lines: list[str]) -> str | None:
+    """The delimiter that parts the first lines alike and into most columns; or else one that parts the first line."""
+    widths = {each: [len(_cut(line, each)) for line in lines[:20]] for each in DELIMITERS[form]}
+    parting = {each: found for each, found in widths.items() if found[0] > 1}
+    alike = [each for each, found in parting.items() if len(set(found)) == 1]
+    return max(alike, key=lambda each: widths[each][0]) if alike else next(iter(parting), None)
+
+
+def _cut(line: str, delimiter: str) -> list[str]:
+    return line.split() if delimiter == " " else next(csv.reader([line], delimiter=delimiter))
 
 
 def _first_lines(name: str, path: Path) -> list[str]:
@@ -200,15 +212,13 @@ def _first_lines(name: str, path: Path) -> list[str]:
 
 
 def _misparted(name: str, form: str, lines: list[str]) -> str:
-    """Say which delimiter would part the first lines alike."""
-    asked = NAMES[DELIMITERS[form]]
-    for delimiter, spoken in NAMES.items():
-        counts = {line.count(delimiter) for line in lines[:20]}
-        if delimiter != DELIMITERS[form] and len(counts) == 1 and counts != {0}:
-            return (
-                f"{name}: one column only when parted by {asked}; {spoken} seem right: set ingest.format or convert it"
-            )
-    return f"{name}: one column only when parted by {asked}; a user and an item are needed in every row"
+    """Say which form would part the first lines alike."""
+    found = f"{name}: one column only when parted by {SPOKEN[form]}"
+    for other, delimiters in DELIMITERS.items():
+        counts = [{line.count(delimiter) for line in lines[:20]} for delimiter in delimiters]
+        if other != form and any(len(count) == 1 and count != {0} for count in counts):
+            return f"{found}; {SPOKEN[other]} seem right: set ingest.format to {other}"
+    return f"{found}; a user and an item are needed in every row"
 
 
 def _find(name: str, names: list[str], columns: Columns, header: bool) -> tuple[int, int, int | None]:
