@@ -11,9 +11,9 @@ An event is durable against the death of its process when `Journal.write` return
 
 One rule keeps journals whole: who writes one or closes it holds its lock (flock, which the kernel lets go when the
 holder dies), and a writer makes sure that its file still bears its name. So anybody may close any journal, of a living
-replica or of a dead one, by a rename; none is ever an orphan. `sweep` turns each closed one into a Parquet file of
-the same ID, beside and then by rename, and removes the journal last: killed at any step, the next one goes on, and an
-event is in the Parquet files exactly once. An event's id is accepted once a user within `WINDOW_S`.
+replica or of a dead one, by a rename; none is ever an orphan. `sweep` adds the closed ones to the Parquet file that
+grows, beside and then by rename, and removes the journals last: killed at any step, the next one goes on, and an event
+is in the Parquet files exactly once. An event's id is accepted once a user within `WINDOW_S`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import msgspec
 from slipway import artifacts
 
 SEGMENT_BYTES = 16 * 2**20
-"""A journal that is so long is closed by its writer: it is turned to Parquet in memory."""
+"""A journal that is so long is closed by its writer; so much, and one journal more, a sweep has in memory at once."""
 FILE_BYTES = 8 * 2**20
 """A Parquet file that is so long is full. Such a one holds half a million events; to add a journal takes 0.4 s."""
 WINDOW_S = 86_400
@@ -219,7 +219,7 @@ def snapshot(folder: Path, into: Path) -> Path:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     os.link(path, target)
-                except OSError:  # another file system
+                except OSError:  # another file system, or one without links; what else is wrong ends the copy, too
                     shutil.copyfile(path, target)
     return into
 
@@ -255,18 +255,33 @@ def _sweep(folder: Path, age_s: float, step: Callable[[str], None], full: int) -
         step("close")
         _close(path)
     added = removed = 0
-    for journal in sorted(journals(folder).glob(f"*{CLOSED}")):
-        events = list(_read(journal))
+    for some in _together(sorted(journals(folder).glob(f"*{CLOSED}"))):
+        events = [event for journal in some for event in _read(journal)]
         kept = [event for event in events if event.at > gone.get(_hash(event.user), -1)] if gone else events
         removed += len(events) - len(kept)
-        kept = _unknown(folder, tell(kept))  # all are known if the last sweep was killed before its last step
+        kept = _unknown(folder, tell(kept))  # all are known if the last sweep was killed before its last steps
         added += len(kept)
         if kept:
             step("write")
-            _add(_growing(folder, full) or folder / f"events-{journal.stem}.parquet", kept)
-        step("remove")
-        journal.unlink()
+            _add(_growing(folder, full) or folder / f"events-{some[0].stem}.parquet", kept)
+        for journal in some:
+            step("remove")
+            journal.unlink()
     return Swept(added, removed + _remove_pending(folder, step))
+
+
+def _together(closed: Sequence[Path]) -> Iterator[list[Path]]:
+    """Part journals into lots of `SEGMENT_BYTES` or one journal more: for each lot a Parquet file is written anew."""
+    lot: list[Path] = []
+    size = 0
+    for journal in closed:
+        lot.append(journal)
+        size += journal.stat().st_size
+        if size >= SEGMENT_BYTES:
+            yield lot
+            lot, size = [], 0
+    if lot:
+        yield lot
 
 
 def _close(path: Path) -> None:

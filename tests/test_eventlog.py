@@ -109,6 +109,19 @@ def test_journals_are_added_to_one_file_until_it_is_full(tmp_path: Path) -> None
     assert all(2500 <= path.stat().st_size < 3000 for path in files(tmp_path)[:-1])
 
 
+def test_a_sweep_writes_one_file_however_many_journals_there_are_and_bounds_what_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for limit, writes in ((eventlog.SEGMENT_BYTES, 1), (100, 3)):  # a line is 50 bytes and more: two journals a lot
+        monkeypatch.setattr(eventlog, "SEGMENT_BYTES", limit)
+        before, steps = len(logged(tmp_path)), list[str]()
+        for number in range(before, before + 6):
+            Journal(tmp_path).write([event("ann", number)])
+        assert eventlog.sweep(tmp_path, step=steps.append).events == 6
+        assert (steps.count("write"), steps.count("remove")) == (writes, 6)
+    assert sorted(logged(tmp_path)) == [("ann", f"id{number}") for number in sorted(range(12), key=str)]
+
+
 def test_of_many_small_files_one_grows(tmp_path: Path) -> None:
     for number in range(4):
         Journal(tmp_path).write([event(os.urandom(16).hex(), number)])
