@@ -27,8 +27,8 @@ import numpy as np
 from benchmarks.claims import Claim, tell
 from benchmarks.communication import synthetic
 from slipway import trained
-from slipway.config import TrainParams
 from slipway.errors import TransientError
+from slipway.params import TrainParams
 from slipway.training import checkpoints, loop, order, processes, trainer
 from slipway.workloads.ranker.params import RankerParams
 

@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.claims import Claim, tell
 from slipway import artifacts, config
 from slipway.compression import engine
-from slipway.config import TrainParams
+from slipway.params import TrainParams
 from slipway.training import loop
 from slipway.workloads.classifier import images, scoring
 from slipway.workloads.classifier.export import Export

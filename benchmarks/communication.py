@@ -34,7 +34,7 @@ import numpy as np
 from benchmarks import ranker
 from benchmarks.claims import Claim, tell
 from slipway import config
-from slipway.config import CommunicationParams, TrainParams
+from slipway.params import CommunicationParams, TrainParams
 from slipway.training import communication, loop, order, processes, rendezvous, trainer
 from slipway.workloads.base import Tensors
 from slipway.workloads.ranker.ingest import ingest

@@ -26,7 +26,7 @@ from slipway import config
 from slipway.compression import compiled, engine, gate, page, recipes, search
 from slipway.compression.compiled import Torch
 from slipway.compression.engine import Run
-from slipway.config import Params
+from slipway.params import Params
 from slipway.serving import engines
 from slipway.workloads.base import Tensors, part
 

@@ -35,7 +35,7 @@ from PIL import Image
 
 from benchmarks.claims import Claim, tell
 from slipway import artifacts
-from slipway.config import LoaderParams, TrainParams
+from slipway.params import LoaderParams, TrainParams
 from slipway.training import processes
 from slipway.training.loader import Loader
 from slipway.training.workers import Source, Worker

@@ -39,7 +39,7 @@ import numpy as np
 from benchmarks import load, watch
 from benchmarks.claims import Claim, tell
 from slipway import artifacts
-from slipway.config import PoolParams, PoolsParams
+from slipway.params import PoolParams, PoolsParams
 from slipway.platforms.base import Routing
 from slipway.platforms.local import gateway, stack
 from slipway.platforms.local.layout import here

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from slipway import artifacts
 from slipway.compression import engine
-from slipway.config import TrainParams
+from slipway.params import TrainParams
 from slipway.training import loop
 from slipway.workloads.ranker import scoring
 from slipway.workloads.ranker.export import Export

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from slipway import artifacts
-from slipway.config import PromoteParams
 from slipway.errors import CanaryRejectedError
+from slipway.params import PromoteParams
 from slipway.platforms.base import Routing
 from slipway.release.replay import Replay
 from tests.release import candidates

@@ -27,8 +27,8 @@ import numpy as np
 from benchmarks import load, watch
 from benchmarks.claims import Claim, tell
 from slipway import loopback
-from slipway.config import DeployParams
 from slipway.errors import PlatformError
+from slipway.params import DeployParams
 from slipway.platforms.base import Routing
 from tests.platforms import stand
 from tests.platforms.stand import Here

@@ -35,7 +35,7 @@ from typing import Any
 from benchmarks.claims import Claim, tell
 from benchmarks.communication import paired
 from slipway import config
-from slipway.config import Section, TrainParams
+from slipway.params import Section, TrainParams
 from slipway.training import checkpoints, loop, order, processes, trainer, watch
 from slipway.workloads import base
 from slipway.workloads.llm.params import LlmParams

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slipway import artifacts
-from slipway.config import CanaryParams, SloParams
+from slipway.params import CanaryParams, SloParams
 from slipway.release.analysis import Histogram, Limits, Track, Verdict, Window, judge
 
 RESULTS = Path(__file__).parent / "results" / "verdicts.json"

@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks import ranker
 from benchmarks.claims import Claim, tell
-from slipway.config import TrainParams
+from slipway.params import TrainParams
 from slipway.training import loop, plan, precision, processes, survey, trainer
 from slipway.training.plan import Places
 from slipway.workloads.base import part

@@ -23,8 +23,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from slipway import artifacts, config, store, tracking, workspace
-from slipway.config import Params
 from slipway.errors import PlatformError, SlipwayError
+from slipway.params import Params
 from slipway.platforms.local import gateway
 from slipway.platforms.local.airflow import USER, password_file
 from slipway.platforms.local.layout import here

@@ -27,6 +27,7 @@ from typing import Any
 
 from slipway import artifacts, config, store
 from slipway.errors import DataError, SlipwayError
+from slipway.params import Params
 
 RUN_VARIABLE, STARTED_VARIABLE = "SLIPWAY_RUN", "SLIPWAY_STARTED"
 OWN = (":!params.yaml", ":!dvc.lock")  # a run's own parameters and results, which it keeps beside its code
@@ -36,7 +37,7 @@ BATCH = 1000  # metrics that MLflow takes in one call
 log = logging.getLogger(__name__)
 
 
-def lineage(folder: Path, params: config.Params) -> dict[str, str]:
+def lineage(folder: Path, params: Params) -> dict[str, str]:
     """Where a workspace's results come from: code, data, pipeline, workload; as tags of a run or a version."""
     facts = {"workload": params.workload, "git_commit": git(folder, "rev-parse", "HEAD")}
     facts["git_branch"] = git(folder, "rev-parse", "--abbrev-ref", "HEAD")
@@ -117,7 +118,7 @@ def outcome(report: Mapping[str, Any], started: datetime | None) -> str:
     return "restored" if datetime.fromisoformat(report["started"]) < started.replace(microsecond=0) else status
 
 
-def _flat(params: config.Params) -> dict[str, str]:
+def _flat(params: Params) -> dict[str, str]:
     whole = {**params.model_dump(by_alias=True), params.workload: params.model.model_dump()}
     return {key: str(value)[:SHOWN] for key, value in _leaves(whole, ".")}
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from slipway import artifacts, config
 from slipway.errors import ParamsError, SlipwayError
+from slipway.params import Params, Section
 
 REPORTS = Path("reports")
 CONF_VARIABLE = "SLIPWAY_CONF"
@@ -75,12 +76,12 @@ class Show:
     """What the flag itself takes, such as VERSION; `show` gets it among the options. None: nothing."""
     options: Mapping[str, str]
     """Help of each option."""
-    show: Callable[[config.Params, Mapping[str, str]], None]
+    show: Callable[[Params, Mapping[str, str]], None]
     """Prints; called with the options that were given."""
 
 
 def main(
-    run: Callable[[config.Params, Report], None], takes: Mapping[str, str] | None = None, shows: Show | None = None
+    run: Callable[[Params, Report], None], takes: Mapping[str, str] | None = None, shows: Show | None = None
 ) -> None:
     """Run a stage as a command: parse its arguments, read `params.yaml`, call `run`, write the report, exit.
 
@@ -169,9 +170,9 @@ def _fail(report: Report, name: str, message: str, code: int) -> int:
 
 
 def _section_help(name: str) -> str:
-    fields = {info.alias or key: info.annotation for key, info in config.Params.model_fields.items()}
+    fields = {info.alias or key: info.annotation for key, info in Params.model_fields.items()}
     section = fields.get(name)
-    if section is None or not issubclass(section, config.Section):  # type: ignore[arg-type]  # sections are classes
+    if section is None or not issubclass(section, Section):  # type: ignore[arg-type]  # sections are classes
         return ""
     lines = [f"  {name}.{key}: {info.description}" for key, info in section.model_fields.items()]
     return "parameters (params.yaml):\n" + "\n".join(lines)

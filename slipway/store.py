@@ -27,6 +27,7 @@ from typing import Any
 
 from slipway import config, locks, loopback
 from slipway.errors import RegistryError, TransientError
+from slipway.params import StackParams
 
 PROBE_S, TIMEOUT_S = 5.0, 30.0  # a server that does not say within the first who it is, is passed by
 EXPERIMENT = "slipway"
@@ -67,7 +68,7 @@ def exists() -> bool:
 
 
 def _port() -> int:
-    stack = config.load().stack if config.PARAMS_FILE.exists() else config.StackParams()
+    stack = config.load().stack if config.PARAMS_FILE.exists() else StackParams()
     return stack.mlflow_port
 
 

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from slipway import artifacts, config, locks, store
 from slipway.errors import DataError, SlipwayError
+from slipway.params import Params
 
 KEEP_FAILED = 3
 IDENTITY = ("user.name=slipway", "user.email=slipway@localhost", "commit.gpgsign=false", "core.hooksPath=/dev/null")
@@ -154,7 +155,7 @@ def _share_cache(checkout: Path, folder: Path) -> None:
     artifacts.write_text(folder / ".dvc" / "config.local", text)
 
 
-def _place_source(checkout: Path, folder: Path, params: config.Params) -> None:
+def _place_source(checkout: Path, folder: Path, params: Params) -> None:
     """Let a source that lies in the checkout, but not in git, be found from the worktree: by its absolute path."""
     source = params.ingest.source
     if "://" in source or (folder / source).exists():  # a URL; absolute and there; or in git

@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from slipway import platforms, stage
-from slipway.config import Params
 from slipway.errors import CanaryRejectedError, TransientError
+from slipway.params import Params
 from slipway.platforms.base import Platform, Routing
 from slipway.progress import Progress
 from slipway.release import history, replay, state

@@ -11,9 +11,9 @@ import logging
 from dataclasses import asdict
 
 from slipway import platforms, stage
-from slipway.config import Params
 from slipway.errors import ChaosError
 from slipway.faults.experiment import experiment, ready_replicas
+from slipway.params import Params
 from slipway.platforms.base import Fault
 from slipway.release import history, replay, state
 from slipway.stage import Report

@@ -21,7 +21,7 @@ from slipway.compression.finetune import Tuner
 from slipway.compression.pareto import Choice, Variant
 from slipway.compression.recipes import Recipe
 from slipway.compression.search import Form
-from slipway.config import Params
+from slipway.params import Params
 from slipway.progress import Progress
 from slipway.serving import engines, scores
 from slipway.stage import Report

@@ -12,8 +12,8 @@ import json
 import logging
 
 from slipway import platforms, stage, tracking
-from slipway.config import Params
 from slipway.errors import ParamsError, PlatformError
+from slipway.params import Params
 from slipway.platforms.base import Platform, Replica, Routing, Status
 from slipway.release import history, replay, state
 from slipway.stage import Report

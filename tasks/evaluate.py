@@ -24,10 +24,10 @@ from rich.console import Console
 
 from slipway import artifacts, config, package, stage, tracking
 from slipway.compression import engine
-from slipway.config import IngestParams, Params
 from slipway.evaluation import comparison, page, scores, subject
 from slipway.evaluation.subject import FP32, Subject
 from slipway.package import Package
+from slipway.params import IngestParams, Params
 from slipway.progress import Progress
 from slipway.serving import engines
 from slipway.stage import Report, Show

@@ -19,9 +19,9 @@ from rich.table import Table
 
 from slipway import artifacts, stage
 from slipway.compression import edge
-from slipway.config import Params
 from slipway.errors import ParamsError
 from slipway.evaluation import subject
+from slipway.params import Params
 from slipway.progress import Progress
 from slipway.stage import Report
 

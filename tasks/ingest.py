@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from slipway import artifacts
-from slipway.config import Params
+from slipway.params import Params
 from slipway.stage import Report, main
 from slipway.workloads import base
 

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from slipway import artifacts, config, locks, package, stage
-from slipway.config import IngestParams, Params
 from slipway.errors import DataError, ParamsError, TransientError
 from slipway.evaluation import subject
 from slipway.evaluation.subject import Subject
+from slipway.params import IngestParams, Params
 from slipway.serving import model as models
 from slipway.serving import offline
 from slipway.stage import Report

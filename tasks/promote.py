@@ -12,8 +12,8 @@ import logging
 import time
 
 from slipway import locks, platforms, stage
-from slipway.config import Params
 from slipway.errors import CanaryRejectedError, SlipwayError, TransientError
+from slipway.params import Params
 from slipway.platforms.base import Platform, Routing
 from slipway.progress import Progress
 from slipway.release import history, state

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from slipway import artifacts, package, record, stage, store, tracking
-from slipway.config import Params
 from slipway.errors import GateError
+from slipway.params import Params
 from slipway.workloads.base import part
 
 PACKAGE, EXPORT, DATA = Path("models/package"), Path("models/export"), Path("data/ingest")

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from slipway import artifacts, locks, platforms, stage, tracking
-from slipway.config import Params
 from slipway.errors import DataError, ParamsError, SlipwayError
+from slipway.params import Params
 from slipway.platforms.base import Platform, Routing
 from slipway.release import history, state
 from slipway.stage import Report

@@ -26,7 +26,7 @@ from typing import Any
 from rich.console import Console
 
 from slipway import artifacts, config, record, stage
-from slipway.config import Params
+from slipway.params import Params
 from slipway.stage import Report, Show
 from slipway.training import live, loop, page, plan, rendezvous, survey
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slipway import artifacts, reporting, validation
-from slipway.config import Params
 from slipway.errors import DataError
+from slipway.params import Params
 from slipway.reporting import Chapter, Note, Table, Tile
 from slipway.stage import Report, main
 from slipway.validation import Finding, Subject

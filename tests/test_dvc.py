@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 STAGES: dict[str, Any] = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 # What all stages stand on; a change here that alters a result is told by a change of params or of the data's form.
-SHARED = {"stage", "commands", "config", "errors", "artifacts", "progress", "package"}
+SHARED = {"stage", "commands", "config", "params", "errors", "artifacts", "progress", "package"}
 SHARED |= {"locks", "store", "tracking", "record"}
 
 

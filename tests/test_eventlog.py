@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slipway import eventlog
-from slipway.config import IngestParams
 from slipway.eventlog import Event, Journal
+from slipway.params import IngestParams
 from slipway.workloads.ranker import sources
 from tests.conftest import until
 

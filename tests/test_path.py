@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from slipway import config
-from slipway.config import Params
+from slipway.params import Params
 from tests.conftest import ROOT, needs
 from tests.platforms import stand
 

@@ -41,7 +41,7 @@ from benchmarks.claims import Claim, tell
 from benchmarks.serving.sides import Running
 from slipway import package, trained
 from slipway.compression import build, recipes, search
-from slipway.config import CacheParams, Params, ServeParams
+from slipway.params import CacheParams, Params, ServeParams
 from slipway.platforms.base import Routing
 from slipway.platforms.local.layout import here
 from slipway.platforms.local.platform import LocalPlatform

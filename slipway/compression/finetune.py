@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slipway import artifacts, trained
-from slipway.config import Params, TrainParams
+from slipway.params import Params, TrainParams
 from slipway.training import loop
 from slipway.workloads.base import Array, Task, Tensors
 

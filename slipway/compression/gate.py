@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from slipway.config import CompressParams
+from slipway.params import CompressParams
 
 Floats = npt.NDArray[np.float64]
 Masks = Mapping[str, npt.NDArray[Any]]

@@ -42,7 +42,7 @@ FULL = Recipe("fp32")
 
 
 def parse(name: str) -> Recipe:
-    """Read the name of a recipe, whose form `config.RECIPE` has checked."""
+    """Read the name of a recipe, whose form `params.RECIPE` has checked."""
     steps = name.split("-")
     return Recipe(
         name,

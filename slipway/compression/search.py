@@ -21,8 +21,8 @@ from slipway.compression import compiled, engine, gate, memory, recipes
 from slipway.compression.engine import Run
 from slipway.compression.pareto import Variant
 from slipway.compression.recipes import Recipe
-from slipway.config import CompressParams
 from slipway.errors import ParamsError
+from slipway.params import CompressParams
 from slipway.serving import engines
 
 BATCHES = (1, 8)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from slipway.config import EvaluateParams
+from slipway.params import EvaluateParams
 
 Floats = npt.NDArray[np.float64]
 

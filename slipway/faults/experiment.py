@@ -12,8 +12,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from slipway import commands
-from slipway.config import ChaosParams
 from slipway.errors import ChaosError
+from slipway.params import ChaosParams
 from slipway.platforms.base import Fault, Platform, Replica
 from slipway.release.replay import Figures, Replay
 

@@ -29,10 +29,10 @@ from typing import Any, NamedTuple
 from prometheus_client import CollectorRegistry, generate_latest
 
 from slipway import config
-from slipway.config import Params
 from slipway.errors import PlatformError, SlipwayError
 from slipway.monitor import view
 from slipway.monitor.programs import Programs
+from slipway.params import Params
 from slipway.platforms.local import gateway, programs
 from slipway.platforms.local.layout import Layout, here
 from slipway.prometheus import Prometheus

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from slipway.config import Params
+from slipway.params import Params
 from slipway.prometheus import Line, Sample
 
 TRACKS = ("champion", "canary")

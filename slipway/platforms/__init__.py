@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slipway.config import Params
+from slipway.params import Params
 from slipway.platforms.base import Platform
 
 

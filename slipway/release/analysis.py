@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from slipway.config import CanaryParams, SloParams
+from slipway.params import CanaryParams, SloParams
 
 FALSE_ROLLBACK = 0.05
 """Probability at most that a canary which is exactly at all its limits is rolled back, over the whole canary."""

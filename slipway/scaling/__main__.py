@@ -27,8 +27,8 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
 
 from slipway import config
-from slipway.config import Params
 from slipway.errors import ParamsError, SlipwayError
+from slipway.params import Params
 from slipway.platforms.local.platform import LocalPlatform
 from slipway.prometheus import Prometheus
 from slipway.scaling import policy

@@ -32,8 +32,8 @@ from pathlib import Path
 import uvloop
 from pydantic import ValidationError
 
-from slipway.config import ServeParams
 from slipway.errors import ParamsError, SlipwayError, StackError, TransientError
+from slipway.params import ServeParams
 from slipway.serving import logs
 from slipway.serving import model as models
 from slipway.serving.cache import Cache

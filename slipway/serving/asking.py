@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from slipway.config import ServeParams
 from slipway.errors import RequestError
+from slipway.params import ServeParams
 from slipway.serving.batching import Batcher, Outcome
 from slipway.serving.cache import Cache
 from slipway.serving.cache.entry import Entry

@@ -24,8 +24,8 @@ from typing import Annotated, Any, TypedDict, cast, get_type_hints
 
 import msgspec
 
-from slipway.config import ServeParams
 from slipway.errors import DeadlineError, OverloadError, RequestError, TransientError
+from slipway.params import ServeParams
 from slipway.serving import openapi, protocol
 from slipway.serving.asking import JSON, Asking
 from slipway.serving.batching import Batcher

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from slipway.config import CommunicationParams, TrainParams
+from slipway.params import CommunicationParams, TrainParams
 from slipway.training import precision, rows
 from slipway.training.compressor import Compressor, Message, Plan, awaited, decode, plan
 from slipway.training.nodes import Links, Nodes, discover

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch._dynamo  # DeepSpeed would import it in every process
 
-from slipway.config import TrainParams
+from slipway.params import TrainParams
 from slipway.training import collectives, precision, zero
 from slipway.training.precision import loss_scale as loss_scale  # the engine's questions, in one place
 from slipway.training.precision import overflowed as overflowed

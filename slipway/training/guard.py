@@ -13,8 +13,8 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from slipway.config import TrainParams
 from slipway.errors import DivergedError
+from slipway.params import TrainParams
 
 FACTOR, START_SHARE, STEPS, WINDOW, FEW = 4.0, 0.5, 20, 101, 10
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from slipway.config import LoaderParams
+from slipway.params import LoaderParams
 from slipway.training import watch
 from slipway.training.workers import Source, Worker, made
 from slipway.workloads.base import Tensors

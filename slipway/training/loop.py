@@ -15,8 +15,8 @@ import uuid
 from pathlib import Path
 
 from slipway import artifacts
-from slipway.config import Section, TrainParams
 from slipway.errors import DivergedError, SlipwayError, TransientError
+from slipway.params import Section, TrainParams
 from slipway.training import checkpoints, processes, rendezvous, trainer
 from slipway.training.rendezvous import Node, Team
 from slipway.training.state import Job as Job

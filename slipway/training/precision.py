@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from slipway.config import LossScaleParams, TrainParams
 from slipway.errors import ParamsError, SlipwayError
+from slipway.params import LossScaleParams, TrainParams
 
 FLOOR = 1.0  # least scale: gradients that overflow without any scaling do not come from scaling
 EMULATE = "SLIPWAY_EMULATE_FP16"  # set to 1: fp16 also where the hardware has none; right and slow, to try things out

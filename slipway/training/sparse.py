@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # its usual name
 
-from slipway.config import SparseParams
+from slipway.params import SparseParams
 
 SUFFIX = "_rows"  # of the submodule beside a weight
 

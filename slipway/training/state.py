@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from slipway.config import Section, TrainParams
+from slipway.params import Section, TrainParams
 from slipway.workloads.base import Task
 
 

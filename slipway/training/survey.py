@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from slipway import config
-from slipway.config import Params, TrainParams
 from slipway.errors import ParamsError
+from slipway.params import Params, TrainParams
 from slipway.training import plan, rendezvous
 from slipway.workloads.base import Task, Tensors, part
 

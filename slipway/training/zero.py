@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipway.config import TrainParams
 from slipway.errors import SlipwayError
+from slipway.params import TrainParams
 from slipway.training import plan, sparse
 from slipway.training.plan import Bytes, Places
 

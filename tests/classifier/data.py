@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from slipway import artifacts, config
+from slipway.params import Params
 from slipway.workloads.classifier import images
 from slipway.workloads.classifier.ingest import ingest
 
@@ -30,13 +31,13 @@ def folder(root: Path, classes: dict[str, int], first: int = 0) -> Path:
     return root
 
 
-def params(source: Path | str, validate: dict[str, Any] | None = None, **images_params: Any) -> config.Params:
+def params(source: Path | str, validate: dict[str, Any] | None = None, **images_params: Any) -> Params:
     wanted = {"image_size": 32, **images_params}
     sections = {"workload": "classifier", "ingest": {"source": str(source), "images": wanted}}
     return config.parse({**sections, "validate": validate or {}})
 
 
-def read(given: config.Params, out: Path) -> images.Images:
+def read(given: Params, out: Path) -> images.Images:
     """Ingest and load what came of it."""
     with artifacts.writing(out) as beside:
         ingest(given, beside, {})

@@ -18,8 +18,8 @@ from PIL import Image
 
 from slipway import artifacts, package
 from slipway.compression import engine
-from slipway.config import TrainParams
 from slipway.errors import ModelError, RequestError
+from slipway.params import TrainParams
 from slipway.reporting import Chapter, Plot, write_html
 from slipway.trained import WEIGHTS
 from slipway.training import checkpoints, loop

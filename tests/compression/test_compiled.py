@@ -14,8 +14,8 @@ import torch
 
 from slipway import package, trained
 from slipway.compression import search
-from slipway.config import CompressParams, Params
 from slipway.errors import ModelError, ParamsError
+from slipway.params import CompressParams, Params
 from slipway.serving import engines, inductor
 from slipway.stage import Report
 from slipway.workloads.ranker.model import Ranker

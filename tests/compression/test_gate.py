@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from slipway import trained
 from slipway.compression import engine, gate
-from slipway.config import CompressParams
 from slipway.errors import ModelError
+from slipway.params import CompressParams
 from slipway.workloads.ranker.export import Export
 from slipway.workloads.ranker.params import RankerParams
 from tests.ranker import data

@@ -13,7 +13,7 @@ from slipway import trained
 from slipway.compression import build, distill, engine, prune, qat, recipes
 from slipway.compression.compiled import Torch
 from slipway.compression.finetune import Tuner
-from slipway.config import CompressParams, LoaderParams, Params, TrainParams
+from slipway.params import CompressParams, LoaderParams, Params, TrainParams
 from slipway.workloads.classifier.export import Export
 from slipway.workloads.classifier.model import Network, Training, normalised
 from slipway.workloads.classifier.params import ClassifierParams

@@ -19,8 +19,8 @@ import torch
 from slipway import artifacts, config, package, trained
 from slipway.compression import gate, memory, pareto, recipes, search
 from slipway.compression.pareto import Variant
-from slipway.config import CompressParams, Params
 from slipway.errors import ModelError, ParamsError
+from slipway.params import CompressParams, Params
 from slipway.serving import engines
 from slipway.stage import Report
 from slipway.workloads.ranker.model import Ranker

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipway.config import EvaluateParams
 from slipway.evaluation import scores
+from slipway.params import EvaluateParams
 
 LIMITS = EvaluateParams(min_metric=0.1, max_champion_drop=0.05, max_latency_ms=10.0)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from slipway import artifacts, config, trained
+from slipway.params import Params
 from slipway.workloads.llm import corpus
 from slipway.workloads.llm.export import Export
 from slipway.workloads.llm.ingest import ingest
@@ -37,12 +38,12 @@ def folder(path: Path, written: list[str] | None = None) -> Path:
     return path
 
 
-def params(source: Path | str, vocabulary: int = 300, **more: Any) -> config.Params:
+def params(source: Path | str, vocabulary: int = 300, **more: Any) -> Params:
     tokenizer = {"vocabulary": vocabulary, **more.pop("tokenizer", {})}
     return config.parse({"workload": "llm", "ingest": {"source": str(source), "tokenizer": tokenizer}, **more})
 
 
-def read(given: config.Params, out: Path) -> corpus.Corpus:
+def read(given: Params, out: Path) -> corpus.Corpus:
     """Ingest and load what came of it."""
     with artifacts.writing(out) as beside:
         ingest(given, beside, {})

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slipway import artifacts
-from slipway.config import TrainParams
 from slipway.errors import ModelError
+from slipway.params import TrainParams
 from slipway.workloads.llm import corpus, pretrained
 from slipway.workloads.llm.model import make
 from slipway.workloads.llm.params import LlmParams

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from slipway.config import TrainParams
 from slipway.errors import DataError, ModelError
+from slipway.params import TrainParams
 from slipway.training import loop
 from slipway.workloads.llm import corpus
 from slipway.workloads.llm.model import make

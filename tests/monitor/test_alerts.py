@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from slipway import artifacts, config, loopback
-from slipway.config import CacheParams, SloParams
+from slipway.params import CacheParams, SloParams
 from slipway.platforms.base import Fault, Replica, Routing
 from slipway.platforms.local import gateway, stack
 from slipway.platforms.local.layout import Layout

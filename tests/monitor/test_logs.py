@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from slipway.config import ServeParams
+from slipway.params import ServeParams
 from slipway.platforms.base import Routing
 from slipway.platforms.local.layout import Layout
 from slipway.serving import logs

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from slipway import loopback
-from slipway.config import Params
 from slipway.monitor import view
+from slipway.params import Params
 from slipway.platforms.base import Routing
 from slipway.platforms.local import stack
 from slipway.prometheus import Sample

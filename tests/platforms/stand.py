@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from slipway import artifacts, config
-from slipway.config import Params, StackParams
+from slipway.params import Params, StackParams
 from slipway.platforms.local import stack
 from slipway.platforms.local.platform import LocalPlatform
 from slipway.release.replay import Sample

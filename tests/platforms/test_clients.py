@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 
 from slipway import config, loopback, tokens
-from slipway.config import GatewayParams, Params
 from slipway.errors import SlipwayError, StackError
+from slipway.params import GatewayParams, Params
 from slipway.platforms.local import gateway, stack
 from slipway.platforms.local.layout import Layout
 from slipway.platforms.local.platform import LocalPlatform

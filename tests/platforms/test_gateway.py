@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from slipway import config
-from slipway.config import Params
 from slipway.errors import PlatformError
+from slipway.params import Params
 from slipway.platforms.local import gateway
 from slipway.platforms.local.layout import Layout
 from tests.conftest import free_port, needs

@@ -21,7 +21,7 @@ import pytest
 from pydantic import ValidationError
 
 from slipway import config
-from slipway.config import Params, PoolParams, PoolsParams
+from slipway.params import Params, PoolParams, PoolsParams
 from slipway.platforms.base import Routing
 from slipway.platforms.local import gateway, programs
 from slipway.platforms.local.layout import Layout

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from slipway import artifacts, config
 from slipway.errors import DataError, ParamsError
+from slipway.params import Params
 from slipway.workloads.ranker import sequences
 from slipway.workloads.ranker.ingest import ingest
 from tests.conftest import ROOT
@@ -32,7 +33,7 @@ NAMED = {"user": "user", "item": "item", "time": "time"}
 EVENTS: list[Event] = [(f"u{u}", f"i{(u + k) % 5}", 100 * u + k) for u in range(4) for k in range(4)]
 
 
-def params(source: object, columns: dict[str, Any] | None = None, **more: Any) -> config.Params:
+def params(source: object, columns: dict[str, Any] | None = None, **more: Any) -> Params:
     return config.parse({"ingest": {"source": str(source), "columns": columns or NAMED, **more}})
 
 
@@ -41,7 +42,7 @@ def csv_of(path: Path, rows: list[Any], header: str = "user,item,time\n", delimi
     return path
 
 
-def read(given: config.Params, out: Path) -> sequences.Sequences:
+def read(given: Params, out: Path) -> sequences.Sequences:
     """Ingest and load what came of it."""
     with artifacts.writing(out) as folder:
         ingest(given, folder, {})

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slipway.compression import engine
-from slipway.config import TrainParams
 from slipway.errors import DataError
+from slipway.params import TrainParams
 from slipway.workloads.ranker import metrics, scoring
 from slipway.workloads.ranker.graph import OUTPUT, RankerGraph
 from slipway.workloads.ranker.loss import cross_entropy

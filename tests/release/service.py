@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from slipway import artifacts, config, platforms, stage, store, tracking
-from slipway.config import CanaryParams, ChaosParams, Params, PromoteParams, SloParams
 from slipway.errors import SlipwayError
+from slipway.params import CanaryParams, ChaosParams, Params, PromoteParams, SloParams
 from slipway.platforms.base import Platform
 from slipway.platforms.local import stack
 from slipway.release.replay import Replay, read

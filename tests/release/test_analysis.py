@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.verdicts import CASES, rolled_back
-from slipway.config import CanaryParams, SloParams
+from slipway.params import CanaryParams, SloParams
 from slipway.release.analysis import Histogram, Limits, Share, Track, Verdict, Window, evidence, judge
 
 LIMITS = Limits(CanaryParams(), SloParams())

@@ -16,9 +16,9 @@ from PIL import Image
 
 from benchmarks.bad_candidate import permute
 from slipway import artifacts, package, store, tracking
-from slipway.config import Params
 from slipway.errors import CanaryRejectedError
 from slipway.package import TensorSpec
+from slipway.params import Params
 from slipway.serving import engines
 from tests.conftest import needs
 from tests.release.service import Service, brief, service

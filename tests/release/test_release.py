@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from slipway import artifacts, store, tracking
-from slipway.config import ChaosParams
 from slipway.errors import (
     CanaryRejectedError,
     ChaosError,
@@ -23,6 +22,7 @@ from slipway.errors import (
     TransientError,
 )
 from slipway.faults.experiment import experiment
+from slipway.params import ChaosParams
 from slipway.platforms.base import Fault, Platform, Replica, Routing
 from slipway.platforms.local import stack
 from slipway.release import history

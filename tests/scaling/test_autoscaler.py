@@ -11,8 +11,8 @@ from typing import cast
 import pytest
 
 from slipway import loopback
-from slipway.config import SloParams
 from slipway.errors import ParamsError, PlatformError
+from slipway.params import SloParams
 from slipway.platforms.base import Platform, Replica, Routing, Status
 from slipway.platforms.local import programs, stack
 from slipway.platforms.local.layout import Layout

@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 
 from slipway import config, loopback
-from slipway.config import PoolParams, PoolsParams
 from slipway.errors import PlatformError
+from slipway.params import PoolParams, PoolsParams
 from slipway.platforms.base import Fault, Platform, Replica, Routing, Status
 from slipway.platforms.local import gateway, programs
 from slipway.platforms.local.layout import Layout

@@ -19,8 +19,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipway.config import CacheParams
 from slipway.errors import OverloadError, TransientError
+from slipway.params import CacheParams
 from slipway.serving.cache import Cache
 from slipway.serving.cache.entry import Entry, key_of, seal, unseal
 from slipway.serving.cache.memory import Memory

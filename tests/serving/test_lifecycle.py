@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 from slipway import package as packages_
-from slipway.config import ServeParams
 from slipway.errors import ModelError
+from slipway.params import ServeParams
 from slipway.serving import engines
 from slipway.serving import model as models
 from slipway.serving.__main__ import main

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipway.config import ServeParams
+from slipway.params import ServeParams
 from slipway.serving import model as models
 from slipway.serving.batching import Job
 from slipway.serving.edge import Request, Response

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from slipway import artifacts, eventlog
-from slipway.config import Params
+from slipway.params import Params
 from slipway.workloads.ranker.ingest import ingest
 from tests.conftest import needs, until
 from tests.serving.conftest import PARAMS, Replica, Start

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import nn
 
 from slipway import config
-from slipway.config import CommunicationParams, TrainParams
 from slipway.errors import ParamsError, SlipwayError, TransientError
+from slipway.params import CommunicationParams, TrainParams
 from slipway.training import checkpoints, communication, loop, nodes, processes, trainer
 from slipway.training.nodes import Place
 from tests.training.test_loop import job, weights

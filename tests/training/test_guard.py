@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipway.config import TrainParams
 from slipway.errors import DivergedError
+from slipway.params import TrainParams
 from slipway.training import checkpoints, guard, loop
 from slipway.training.guard import Guard
 from tests.training.test_loop import job

@@ -18,8 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slipway.config import LoaderParams
 from slipway.errors import DataError, TransientError
+from slipway.params import LoaderParams
 from slipway.training import loop, processes, watch
 from slipway.training.loader import Loader, Pace, Window
 from slipway.training.workers import Worker
@@ -183,7 +183,7 @@ def test_a_batch_that_is_kept_is_not_overwritten_and_memory_is_used_again() -> N
 RANK_PROGRAM = """
 import functools, sys, time
 from pathlib import Path
-from slipway.config import LoaderParams
+from slipway.params import LoaderParams
 from slipway.training import loop, processes, watch
 from slipway.training.loader import Loader
 from tests.conftest import until

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from slipway import trained
-from slipway.config import TrainParams
 from slipway.errors import SlipwayError, TransientError
+from slipway.params import TrainParams
 from slipway.training import checkpoints, loop, processes, trainer
 from slipway.workloads.ranker.params import RankerParams
 from tests.conftest import until

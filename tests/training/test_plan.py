@@ -13,8 +13,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipway.config import Params, TrainParams
 from slipway.errors import ParamsError
+from slipway.params import Params, TrainParams
 from slipway.training import plan, survey
 from slipway.workloads.ranker.params import RankerParams
 from tests.ranker import data

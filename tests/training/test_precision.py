@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from slipway.config import LossScaleParams, TrainParams
 from slipway.errors import ParamsError, SlipwayError
+from slipway.params import LossScaleParams, TrainParams
 from slipway.training import loop, precision, processes, trainer
 from tests.training.test_loop import job
 

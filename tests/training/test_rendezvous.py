@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from slipway.config import TrainParams
 from slipway.errors import DivergedError, SlipwayError, TransientError
+from slipway.params import TrainParams
 from slipway.training import loop, rendezvous, survey
 from slipway.training.rendezvous import Link, Node, Team
 from tests.conftest import ROOT, free_port, until

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from slipway import config
-from slipway.config import SparseParams
 from slipway.errors import ParamsError
+from slipway.params import SparseParams
 from slipway.training import checkpoints, loop, sparse
 from slipway.training.sparse import Rows, Sparse
 from tests.training.test_loop import job, weights

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from slipway.config import TrainParams
+from slipway.params import TrainParams
 from slipway.training import checkpoints, loop, plan, processes, survey
 from slipway.workloads.ranker.params import RankerParams
 from tests.ranker import data

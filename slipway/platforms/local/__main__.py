@@ -8,6 +8,7 @@ from pathlib import Path
 
 from slipway import config
 from slipway.errors import SlipwayError
+from slipway.params import Params
 from slipway.platforms.local import airflow, stack, system
 from slipway.platforms.local.layout import here
 
@@ -44,7 +45,7 @@ def _do(options: argparse.Namespace) -> int:
     return 0
 
 
-def _up(params: config.Params, only: list[str]) -> None:
+def _up(params: Params, only: list[str]) -> None:
     stack.up(params, only)
     if not only or "page" in only:
         print(f"Live page: http://127.0.0.1:{params.stack.page_port}")

@@ -14,8 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from slipway import artifacts, loopback
-from slipway.config import Params
 from slipway.errors import StackError
+from slipway.params import Params
 
 USER = "admin"
 PARALLELISM = 4

@@ -13,8 +13,8 @@ from typing import Any
 import jinja2
 
 from slipway import artifacts
-from slipway.config import GatewayParams, Params
 from slipway.errors import PlatformError, StackError
+from slipway.params import GatewayParams, Params
 from slipway.platforms.local.layout import Layout
 from slipway.platforms.local.unix_http import UnixConnection
 

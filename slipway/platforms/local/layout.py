@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slipway import config
-from slipway.config import CacheParams
 from slipway.errors import StackError
+from slipway.params import CacheParams
 
 _SOCKET_PATH_BYTES = 107  # what the kernel allows for the path of a unix socket
 _SUPERVISOR_SUFFIX_BYTES = 9  # supervisord binds to PATH.PID first

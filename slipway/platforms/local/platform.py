@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from slipway import artifacts, config
-from slipway.config import Params, PoolParams, PoolsParams, ServeParams
 from slipway.errors import PlatformError
+from slipway.params import Params, PoolParams, PoolsParams, Section, ServeParams
 from slipway.platforms.base import Fault, Replica, Routing, Status
 from slipway.platforms.local import gateway, processes, programs
 from slipway.platforms.local.layout import Layout
@@ -112,7 +112,7 @@ class LocalPlatform:
     def _as_deployed(self, version: str) -> LocalPlatform:
         """The platform with the parameters that a version's replicas were started with, whatever the caller's are."""
         kept = self._load()["deployments"].get(version, {}).get("params", {})
-        sections: dict[str, type[config.Section]] = {"serve": ServeParams, "pools": PoolsParams}
+        sections: dict[str, type[Section]] = {"serve": ServeParams, "pools": PoolsParams}
         read = {name: sections[name].model_validate(values) for name, values in kept.items()}
         return LocalPlatform(self._params.model_copy(update=read))
 

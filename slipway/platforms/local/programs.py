@@ -13,8 +13,8 @@ from pathlib import Path
 import jinja2
 
 from slipway import artifacts, config, loopback
-from slipway.config import Params
 from slipway.errors import PlatformError
+from slipway.params import Params
 from slipway.platforms.local import airflow, gateway
 from slipway.platforms.local.layout import Layout
 from slipway.platforms.local.supervisor import Program

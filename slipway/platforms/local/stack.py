@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from slipway import artifacts
-from slipway.config import Params
 from slipway.errors import DataError, StackError
+from slipway.params import Params
 from slipway.platforms.local import airflow, processes, programs, system
 from slipway.platforms.local.layout import Layout, here
 from slipway.platforms.local.processes import Session

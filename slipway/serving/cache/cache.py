@@ -11,8 +11,8 @@ from typing import Protocol
 
 import msgspec
 
-from slipway.config import CacheParams
 from slipway.errors import DeadlineError, OverloadError, RequestError
+from slipway.params import CacheParams
 from slipway.serving.cache import nodes
 from slipway.serving.cache.entry import MAX_BYTES, Entry, key_of, seal, unseal
 from slipway.serving.cache.memory import Memory

@@ -36,9 +36,9 @@ import msgspec
 from msgspec import Meta
 
 from slipway import eventlog
-from slipway.config import ServeParams
 from slipway.errors import RequestError, TransientError
 from slipway.eventlog import Event, Journal
+from slipway.params import ServeParams
 from slipway.serving.edge import Request, Response
 from slipway.serving.metrics import Metrics
 from slipway.serving.openapi import Route, Schema

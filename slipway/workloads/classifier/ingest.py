@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from slipway import artifacts
-from slipway.config import ImagesParams, Params
 from slipway.errors import DataError
+from slipway.params import ImagesParams, Params
 from slipway.progress import Progress
 from slipway.workloads import tables
 from slipway.workloads.classifier import images, likeness, parting, reading, sources

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from slipway import artifacts
-from slipway.config import Params
 from slipway.errors import PictureError
+from slipway.params import Params
 from slipway.workloads.base import Query, Requests
 from slipway.workloads.classifier import sources
 from slipway.workloads.classifier.augmentation import view

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from slipway.config import Count, Section, Share
+from slipway.params import Count, Section, Share
 
 Side = Annotated[float, Field(gt=0, le=1)]
 

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 
 from slipway import artifacts
-from slipway.config import TrainParams
 from slipway.errors import DataError
+from slipway.params import TrainParams
 from slipway.workloads.base import Batches, Tensors
 from slipway.workloads.classifier import augmentation, images, pretrained
 from slipway.workloads.classifier.model import Network, Training

@@ -23,8 +23,8 @@ from typing import Any, Self
 import numpy as np
 
 from slipway import artifacts
-from slipway.config import Params
 from slipway.errors import DataError
+from slipway.params import Params
 from slipway.progress import Progress
 from slipway.workloads import tables
 from slipway.workloads.llm import corpus, sources

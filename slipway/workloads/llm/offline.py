@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from slipway.config import Params
+from slipway.params import Params
 from slipway.workloads.base import Query, Requests
 from slipway.workloads.llm import sources
 from slipway.workloads.llm.schema import LlmEndpoint

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from slipway.config import Count, Section
+from slipway.params import Count, Section
 
 
 class LlmParams(Section):

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 
 from slipway import artifacts
-from slipway.config import TrainParams
 from slipway.errors import DataError, ModelError
+from slipway.params import TrainParams
 from slipway.workloads.base import Batches, Tensors
 from slipway.workloads.llm import corpus
 from slipway.workloads.llm.model import describe, make

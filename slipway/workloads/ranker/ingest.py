@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 
 from slipway import artifacts
-from slipway.config import Params
 from slipway.errors import DataError
+from slipway.params import Params
 from slipway.workloads.ranker import imports
 from slipway.workloads.ranker.database import Database, connect
 from slipway.workloads.ranker.sources import Table, open_table

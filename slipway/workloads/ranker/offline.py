@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slipway import artifacts
-from slipway.config import Params
+from slipway.params import Params
 from slipway.workloads.base import Query, Requests
 from slipway.workloads.ranker import ingest, sequences
 from slipway.workloads.ranker.scoring import translation

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slipway import eventlog
-from slipway.config import Columns, IngestParams
 from slipway.errors import DataError, SlipwayError
+from slipway.params import Columns, IngestParams
 from slipway.workloads import remote
 
 ENDINGS = {

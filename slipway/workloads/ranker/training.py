@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from slipway.config import TrainParams
 from slipway.errors import DataError
+from slipway.params import TrainParams
 from slipway.workloads.base import Batches, Tensors
 from slipway.workloads.ranker import sequences
 from slipway.workloads.ranker.metrics import gains
