@@ -78,7 +78,7 @@ def run(params: Params, report: Report) -> None:
     run, more = runs[sealed.recipe], getattr(scoring, "chapters", None)
     page.write(
         *(PAGE, found, latencies, trained, scoring.examples(run, samples, PACKAGE)),
-        more=more(run, samples, PACKAGE) if more is not None else (),
+        more=more(run, samples, PACKAGE, served) if more is not None else (),
     )
     _tell(judged)
 

@@ -9,7 +9,7 @@ A stage calls the interface below and knows nothing of any workload. Adding one 
     training.py      TASK: model, samples and loss for the training loop; the metric
     export.py        EXPORT: ONNX, calibration samples, golden inputs; replay(): held-out requests; muddle(): a bad copy
     scoring.py       samples, METRIC and other scores of an exported model, slices, examples, what is unknown to it;
-                     chapters(run, samples, package), if there is one: what it adds to the page of `evaluate`
+                     chapters(run, samples, package, scores), if there is one: what it adds to the page of `evaluate`
     schema.py        ENDPOINT: the friendly endpoint of the model server
     offline.py       requests(params, package, work, k): a source as requests, for `predict`
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -23,6 +24,7 @@ from slipway.params import TrainParams
 from slipway.reporting import Chapter, Plot, write_html
 from slipway.trained import WEIGHTS
 from slipway.training import checkpoints, loop
+from slipway.workloads.base import Array, Tensors
 from slipway.workloads.classifier import images, scoring
 from slipway.workloads.classifier.augmentation import view
 from slipway.workloads.classifier.export import Export, muddle, replay
@@ -211,7 +213,16 @@ def test_the_page_shows_the_confusion_and_the_worst_errors_as_pictures(trained: 
     about = artifacts.read_json(tmp_path / "package/classifier.json")
     artifacts.write_json(tmp_path / "package/classifier.json", {**about, "classes": about["classes"][::-1]})
     chosen = scoring.samples(trained.data.folder, "test", 0, 0)
-    chapters = scoring.chapters(engine.load(trained.full, "fp32"), chosen, tmp_path / "package")
+    run = engine.load(trained.full, "fp32")
+    asked: list[int] = []
+
+    def counted(names: Sequence[str] | None, inputs: Tensors) -> Sequence[Array]:
+        asked.append(len(inputs["image"]))
+        return run(names, inputs)
+
+    values = scoring.score(run, chosen, tmp_path / "package")
+    chapters = scoring.chapters(counted, chosen, tmp_path / "package", values)
+    assert sum(asked) == (values["top1"] == 0).sum() > 0, "only what it got wrong is asked again"
     assert [chapter.title for chapter in chapters] == ["What it confuses", "Its worst errors"]
     assert all(isinstance(block, Plot) for chapter in chapters for block in chapter.blocks)
     write_html(tmp_path / "page.html", "Evaluation", "test", [], [Chapter("empty", []), *chapters])

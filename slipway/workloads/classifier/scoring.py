@@ -94,7 +94,7 @@ def probabilities(run: Run, chosen: Samples, package: Path) -> Floats:
     for begin in range(0, len(chosen), BATCH):
         shown = views(chosen.data.pixels(chosen.at[begin : begin + BATCH]), about["image_size"])
         found.append(run(["probabilities"], {"image": shown})[0].astype(np.float64))
-    return np.concatenate(found)
+    return np.concatenate(found) if found else np.empty((0, len(about["classes"])))
 
 
 def translation(data: images.Images, package: Path) -> Ints:
@@ -134,15 +134,23 @@ def examples(run: Run, chosen: Samples, package: Path, count: int = 8) -> tuple[
     return ["picture", "shown (best 3)", "is"], rows
 
 
-def chapters(run: Run, chosen: Samples, package: Path) -> list[Chapter]:
-    """What else the page of `evaluate` shows: which classes are taken for which, and the worst errors as pictures."""
+def chapters(run: Run, chosen: Samples, package: Path, scored: Mapping[str, Floats]) -> list[Chapter]:
+    """What else the page of `evaluate` shows: which classes are taken for which, and the worst errors as pictures.
+
+    Args:
+        run: runs the model; it is asked again for the pictures that it got wrong, of the others the answer is known.
+        chosen: the pictures.
+        package: folder with the model's classifier.json.
+        scored: what `score` gave for them.
+    """
     from slipway.reporting import Chapter, Note
 
-    said, classes = probabilities(run, chosen, package), artifacts.read_json(package / ABOUT)["classes"]
-    truth, best = translation(chosen.data, package)[chosen.labels], said.argmax(1)
-    wrong = np.flatnonzero(best != truth)
-    worst = wrong[np.argsort(-said[wrong, best[wrong]], kind="stable")][:WORST]
-    errors = [_pictures(chosen, worst, [classes[i] for i in best[worst]], said.max(1)[worst])] if len(worst) else []
+    classes, best = artifacts.read_json(package / ABOUT)["classes"], translation(chosen.data, package)[chosen.labels]
+    wrong = Samples(chosen.data, chosen.at[scored["top1"] == 0], chosen.seed)
+    said = probabilities(run, wrong, package)
+    best[scored["top1"] == 0] = taken = said.argmax(1)
+    worst = np.argsort(-said.max(1), kind="stable")[:WORST]
+    errors = [_pictures(wrong, worst, [classes[i] for i in taken[worst]], said.max(1)[worst])] if len(worst) else []
     return [
         Chapter("What it confuses", [_confusion(chosen, best, classes)]),
         Chapter("Its worst errors", errors or [Note("It made none on the test pictures.", "passed")]),
