@@ -80,12 +80,10 @@ class OnnxRuntime:
         self._session = onnxruntime.InferenceSession(model, options, providers=providers)
         self.inputs = [node.name for node in self._session.get_inputs()]
         self.outputs = [node.name for node in self._session.get_outputs()]
-        self._fetching = onnxruntime.RunOptions()
-        self._fetching.only_execute_path_to_fetches = True  # what no request asked for is not computed
 
     def run(self, inputs: Tensors, outputs: Sequence[str]) -> list[Array]:
         """Run one batch: inputs [B, ...] by name; gives the named outputs [B, ...] in order."""
-        results: list[Array] = self._session.run(list(outputs), dict(inputs), self._fetching)
+        results: list[Array] = self._session.run(list(outputs), dict(inputs))
         return results
 
 

@@ -89,8 +89,8 @@ def test_one_head_whose_matrices_are_joined_answers_as_the_model(blocks: int) ->
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("items", [12_900, 12_863])
-def test_the_best_of_many_items_are_found_in_their_groups(items: int) -> None:
+def test_the_best_of_many_items_are_shown_best_first() -> None:
+    items = 12_863
     torch.manual_seed(0)
     shape = RankerParams(width=8, blocks=1, max_length=5)
     weights = {name: value.detach().numpy() for name, value in Ranker(items, shape).state_dict().items()}

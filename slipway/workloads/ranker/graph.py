@@ -22,8 +22,6 @@ from slipway.workloads.graph import Graph, Ranges, quantized
 from slipway.workloads.ranker.params import RankerParams
 
 SHOWN = 100
-GROUP = 32  # items of a group, when there are many
-WORTH = 2  # groups are worth it from this multiple of the items in the best groups on
 HIDDEN = np.float32(-1e9)
 OUTPUT = "item"  # name of the output layer among the linear layers
 
@@ -36,14 +34,11 @@ class RankerGraph:
 
     def build(self, probe: bool = False) -> bytes:
         """Serialise the model; `probe` adds least and largest input of every linear layer as `range.LAYER`: [2]."""
-        g, items = self.graph, self.weights["item.weight"].shape[0] - 1
-        grouped = items + 1 > WORTH * SHOWN * GROUP
-        extra = -(items + 1) % GROUP if grouped else 0
-        table = np.pad(self.weights["item.weight"], ((0, extra), (0, 0)))  # whole groups of items
-        state = self._encode(table, probe)
-        logits = self._output(state, table, probe)
-        g.output("logits", g.op("Slice", logits, g.ints(0), g.ints(items + 1), g.ints(1)) if extra else logits)
-        self._best(logits, items, extra, grouped)
+        g, table = self.graph, self.weights["item.weight"]
+        items = len(table) - 1
+        logits = self._output(self._encode(table, probe), table, probe)
+        g.output("logits", logits)
+        self._best(logits, items)
         shown = min(SHOWN, items)
         outputs = [
             helper.make_tensor_value_info("items", TensorProto.INT64, ["B", shown]),
@@ -65,10 +60,11 @@ class RankerGraph:
         keys = g.op("Unsqueeze", keys, g.ints(1) if params.heads == 1 else g.ints(1, 2))  # [B, 1, T] or [B, 1, 1, T]
         mask = keys
         if params.blocks > 1:
-            future = np.triu(np.full((params.max_length, params.max_length), HIDDEN, np.float32), 1)
+            square = g.op("Expand", g.constant(HIDDEN, "hidden"), g.ints(params.max_length, params.max_length))
+            future = g.op("Trilu", square, g.scalar(1), upper=1)  # by the engine, when it loads the model
             both = g.op("Concat", back, back, axis=0)
             ends = g.ints(params.max_length, params.max_length)
-            mask = g.op("Add", keys, g.op("Slice", g.constant(future, "future"), both, ends, g.ints(0, 1)))
+            mask = g.op("Add", keys, g.op("Slice", future, both, ends, g.ints(0, 1)))
         for block in range(params.blocks):
             last = block == params.blocks - 1
             x = self._block(x, f"blocks.{block}.", keys if last else mask, last, probe)
@@ -156,29 +152,12 @@ class RankerGraph:
         """X @ weight.T + bias."""
         return self.graph.linear(x, name, weight.astype(np.float32), bias.astype(np.float32), probe)
 
-    def _best(self, logits: str, items: int, extra: int, grouped: bool) -> None:
-        """The best items, without padding, what fills the last group, and what the history holds."""
-        g, shown = self.graph, min(SHOWN, items)
-        never = g.constant(np.array([[0, *range(items + 1, items + 1 + extra)]], np.int64), "never")
-        rows = g.op("Concat", g.op("Shape", "history", end=1), g.ints(1), axis=0)
-        ids = g.op("Concat", "history", g.op("Expand", never, rows), axis=1)
+    def _best(self, logits: str, items: int) -> None:
+        """The best items, without padding and what the history holds."""
+        g = self.graph
+        ids = g.op("Pad", "history", g.ints(0, 0, 0, 1))  # one place more, with 0: the padding
         gone = g.op("Expand", g.constant(np.float32(-np.inf), "none"), g.op("Shape", ids))
         left = g.op("ScatterElements", logits, ids, gone, axis=1)
-        if grouped:
-            best, chosen = self._grouped(left)
-        else:
-            best = g.op("TopK", left, g.ints(shown), outputs=2, axis=1)
-            chosen = f"{best}.1"
+        best = g.op("TopK", left, g.ints(min(SHOWN, items)), outputs=2, axis=1)
         g.output("scores", best)
-        g.output("items", chosen)
-
-    def _grouped(self, logits: str) -> tuple[str, str]:
-        """The best of many: they lie in the groups whose largest value is largest, and TopK is slow on long rows."""
-        g = self.graph
-        largest = g.op("ReduceMax", g.op("Reshape", logits, g.ints(0, -1, GROUP)), g.ints(2), keepdims=0)
-        top = g.op("TopK", largest, g.ints(SHOWN), outputs=2, axis=1)
-        first = g.op("Mul", g.op("Unsqueeze", f"{top}.1", g.ints(2)), g.ints(GROUP))
-        members = g.op("Add", first, g.constant(np.arange(GROUP, dtype=np.int64), "members"))
-        few = g.op("Reshape", members, g.ints(0, SHOWN * GROUP))
-        best = g.op("TopK", g.op("GatherElements", logits, few, axis=1), g.ints(SHOWN), outputs=2, axis=1)
-        return best, g.op("GatherElements", few, f"{best}.1", axis=1)
+        g.output("items", f"{best}.1")
