@@ -209,6 +209,7 @@ BROKEN = {
     "short.csv": (HEAD + "a,b,1\na,b\n", "row 3 holds 2 fields, not 3"),
     "long.csv": (HEAD + "a,b,1\na,b,2,3\n", "row 3 holds 4 fields, not 3"),
     "quote.csv": (HEAD + 'a,b,1\na,"b,2\n', "row 3: unterminated quote"),
+    "ends.csv": (HEAD + "a,b,1\na,c,2\r\na,d,3\n", "row 3 ends otherwise than those before"),
     "time.csv": (HEAD + "a,b,1\na,b,soon\n", "row 3: time soon is not a number"),
     "mixed.csv": (HEAD + "a,b,2024-01-01\na,b,17\n", "row 3: time 17 is not an ISO date"),
     "user.csv": (HEAD + "".join(f"a,i{k},{k}\n" for k in range(9)), "1 user left after filtering"),

@@ -246,4 +246,16 @@ def explain(table: Table, error: Exception) -> SlipwayError:
     if line:
         what = next((w for w in ("not utf-8", "unterminated quote") if w in text), text.splitlines()[0])
         return DataError(f"{table.name}: row {line[1]}: {what}; mend the row or leave it out")
+    if "invalid state" in text and (odd := _odd_end(table.path)):
+        return DataError(f"{table.name}: row {odd} ends otherwise than those before, of CRLF and LF; give all one end")
     return DataError(f"{table.name}: {text.removeprefix('Invalid Input Error: ').splitlines()[0]}")
+
+
+def _odd_end(path: Path) -> int | None:
+    """The first row of a file of text whose line ends otherwise, of CRLF and LF, than those before it."""
+    import fsspec
+
+    with fsspec.open(str(path.resolve()), "rb", compression="infer") as stream:
+        ends = (line.endswith(b"\r\n") for line in stream if line.endswith(b"\n"))
+        first = next(ends, None)
+        return next((row for row, end in enumerate(ends, 2) if end != first), None)
