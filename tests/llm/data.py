@@ -53,6 +53,6 @@ def read(given: Params, out: Path) -> corpus.Corpus:
 def export(model: LanguageModel, held: corpus.Corpus, trained_in: Path, context_length: int) -> Export:
     """Write a model as `train` does, and load it as `compress` does."""
     weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
-    about = {**describe(model), "context_length": context_length, "end": held.meta["end"]}
+    about = {**describe(model.config), "context_length": context_length, "end": held.meta["end"]}
     trained.write(trained_in, "llm", weights, about)
     return Export(held.folder, trained_in)

@@ -41,7 +41,7 @@ def model(**turned: Any) -> LanguageModel:
 
 
 def about(made: LanguageModel) -> dict[str, Any]:
-    return {**describe(made), "context_length": SIZES.context_length, "end": 0}
+    return {**describe(made.config), "context_length": SIZES.context_length, "end": 0}
 
 
 MODEL = model()

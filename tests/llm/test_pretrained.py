@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slipway import artifacts
 from slipway.errors import ModelError
-from slipway.params import TrainParams
+from slipway.params import Params, TrainParams
+from slipway.training import survey
 from slipway.workloads.llm import corpus, pretrained
 from slipway.workloads.llm.model import make
 from slipway.workloads.llm.params import LlmParams
@@ -44,6 +45,13 @@ def saved(ingested: corpus.Corpus, tmp_path_factory: pytest.TempPathFactory) -> 
 def task(ingested: corpus.Corpus, folder: Path, **turned: Any) -> LlmTask:
     # Sizes of the folder count, so those that are said here may be others.
     return LlmTask(ingested.folder, TRAIN, LlmParams(weights=str(folder), context_length=16, **turned))
+
+
+def test_a_plan_is_made_of_the_folders_model(ingested: corpus.Corpus, saved: Path) -> None:
+    given = Params(workload="llm", train=TRAIN).model_copy(update={"model": task(ingested, saved).params})
+    made = make(TINY, ingested.vocabulary, ingested.meta["end"])
+    found = survey.survey(given, ingested.folder).model
+    assert found.parameters == sum(weight.numel() for weight in made.parameters())
 
 
 def test_a_training_starts_from_the_folder_with_the_loss_that_was_reached(ingested: corpus.Corpus, saved: Path) -> None:

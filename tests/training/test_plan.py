@@ -17,6 +17,8 @@ from slipway.errors import ParamsError
 from slipway.params import Params, TrainParams
 from slipway.training import plan, survey
 from slipway.workloads.ranker.params import RankerParams
+from tests.classifier import data as pictures
+from tests.llm import data as texts
 from tests.ranker import data
 
 LARGE = plan.Model(13_000_000_000, 100_000_000, None)
@@ -86,6 +88,17 @@ def test_auto_takes_the_setting_that_fits_and_its_offload(tmp_path: Path) -> Non
     assert (tight.zero, tight.offload) == (3, "cpu"), tight
     with pytest.raises(ParamsError, match="no setting fits 1.0 MB a device .* the smallest, zero: 3 with offload: cpu"):
         taken(0.001)
+
+
+def test_auto_measures_the_model_of_any_workload(tmp_path: Path) -> None:
+    photos, books = tmp_path / "photos", tmp_path / "books"
+    written = pictures.params(pictures.folder(photos, {"cat": 30, "dog": 30})), texts.params(texts.folder(books))
+    pictures.read(written[0], tmp_path / "classifier")
+    texts.read(written[1], tmp_path / "llm")
+    for params in written:
+        train = params.train.model_copy(update={"zero": "auto", "batch_size": 4})
+        resolved = survey.resolve(params.model_copy(update={"train": train}), tmp_path / params.workload)
+        assert (resolved.zero, resolved.offload) == (0, "none"), params.workload
 
 
 def test_the_command_prints_the_plan_and_trains_nothing(tmp_path: Path) -> None:

@@ -17,7 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  # its usual name
 from transformers import DeepseekV3Config
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    DeepseekV3ForCausalLM,
+    DeepseekV3RotaryEmbedding,
+)
 
 from slipway import artifacts
 from slipway.errors import DataError, ModelError
@@ -130,6 +134,8 @@ def load(folder: Path, context_length: int, vocabulary: int) -> LanguageModel:
             f"{folder}: takes at most {config.max_position_embeddings} tokens; lower llm.context_length, now "
             f"{context_length}"
         )
+    if torch.get_default_device().type == "meta":  # the memory plan wants shapes alone
+        return LanguageModel(config)
     try:
         read: Any = LanguageModel.from_pretrained(
             folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
@@ -167,12 +173,13 @@ def _config(folder: Path) -> DeepseekV3Config:
         raise ModelError(f"{folder}/config.json: {' '.join(str(error).split())[:300]}") from error
 
 
-def describe(model: LanguageModel) -> dict[str, Any]:
+def describe(config: DeepseekV3Config) -> dict[str, Any]:
     """What an export has to know: the configuration, and what transformers makes of its rotary part."""
-    rotary: Any = model.model.rotary_emb
-    attention: Any = model.model.layers[0].self_attn
+    rotary: Any = DeepseekV3RotaryEmbedding(config)
+    with torch.device("meta"):  # without weights
+        attention: Any = DeepseekV3Attention(config, layer_idx=0)
     return {
-        "config": model.config.to_diff_dict(),
+        "config": config.to_diff_dict(),
         "frequencies": rotary.inv_freq.tolist(),
         "rotary_scale": float(rotary.attention_scaling),
         "attention_scale": float(attention.scaling),

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import DeepseekV3Config
 
 from slipway import artifacts
 from slipway.errors import DataError, ModelError
@@ -65,7 +66,7 @@ class LlmTask:
     def __init__(self, data: Path, train: TrainParams, params: LlmParams) -> None:
         self.data, self.train, self.params = corpus.load(data), train, params
         self.length = params.context_length + 1
-        self._about: dict[str, Any] = {}
+        self._config: DeepseekV3Config | None = None
         for part in ("train", "validation"):
             tokens = len(self.data.parts[part].tokens)
             if tokens < self.length * (train.world_size if part == "train" else 1):
@@ -79,7 +80,7 @@ class LlmTask:
         if self.params.weights:
             self._hold_to_tokenizer(Path(self.params.weights) / TOKENIZER)
         made = make(self.params, self.data.vocabulary, self.data.meta["end"])
-        self._about = describe(made)
+        self._config = made.config
         return made
 
     def _hold_to_tokenizer(self, path: Path) -> None:
@@ -90,7 +91,8 @@ class LlmTask:
 
     def about(self) -> dict[str, Any]:
         """What the export has to know beside the weights."""
-        known = {"context_length": self.params.context_length, "end": self.data.meta["end"], **self._about}
+        assert self._config is not None  # the model was made, or there is nothing to export
+        known = {"context_length": self.params.context_length, "end": self.data.meta["end"], **describe(self._config)}
         folder = self.params.weights
         started = {"weights": folder, "sha256": artifacts.sha256(Path(folder))} if folder else None
         return {**known, "started_from": started}
