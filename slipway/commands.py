@@ -7,6 +7,7 @@ SLIPWAY_HOME, SLIPWAY_RUN. A process of the same stage of the same run that a ki
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -28,10 +29,22 @@ from slipway.errors import DataError
 GRACE_S = 15.0  # time in which a stage that is told to end can put its files in order
 TAIL = 20
 
+NOISY = ("DeepSpeed", "httpx", "urllib3", "great_expectations", "alembic", "mlflow", "matplotlib", "torch")
+# What they warn of is no user's to mend: kernels for other machines, a call that another library still makes.
+MISTAKEN = ("torchao", "torch.utils._pytree")
+
 _EXITED = re.compile(r"exited with (-?\d+)")  # how DVC tells the exit code of a stage's command
 # What DVC advises to do by hand is done when the run closes; in a task's log it would mislead.
 _ADVICE = re.compile(r"To track the changes with git|To enable auto staging|Use `dvc push`|\s+git add |\s+dvc config ")
 _RESTORED = re.compile(r"is cached - skipping run|didn't change, skipping")
+
+
+def log_to_stderr(level: str) -> None:
+    """Have this process log to stderr, and the libraries under it only what a user has to know."""
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    for names, least in ((NOISY, logging.WARNING), (MISTAKEN, logging.ERROR)):
+        for name in names:
+            logging.getLogger(name).setLevel(least)
 
 
 def end_with_caller() -> None:

@@ -25,7 +25,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from slipway import artifacts, config, store
+from slipway import artifacts, commands, config, store
 from slipway.errors import DataError, SlipwayError
 from slipway.params import Params
 
@@ -206,7 +206,7 @@ def _variants(client: Any, run: str, parent: str, report: Mapping[str, Any], fol
 
 def main() -> None:
     """Record the workspace that this command stands in, under the name that its environment gives."""
-    logging.basicConfig(level="INFO", format="%(levelname)s %(name)s: %(message)s")
+    commands.log_to_stderr("INFO")
     run, began = os.environ.get(RUN_VARIABLE), os.environ.get(STARTED_VARIABLE)
     try:
         if not run:

@@ -6,7 +6,6 @@ import argparse
 import errno
 import inspect
 import json
-import logging
 import os
 import sys
 import time
@@ -16,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from slipway import artifacts, config
+from slipway import artifacts, commands, config
 from slipway.errors import ParamsError, SlipwayError
 from slipway.params import Params, Section
 
@@ -109,9 +108,7 @@ def main(
         for key, text in shows.options.items():
             parser.add_argument(f"--{key}", help=f"with --{shows.name}: {text}")
     options = parser.parse_args()
-    logging.basicConfig(level=os.environ.get("SLIPWAY_LOG", "INFO"), format="%(levelname)s %(name)s: %(message)s")
-    for noisy in ("DeepSpeed", "httpx", "urllib3", "great_expectations", "alembic", "mlflow", "matplotlib", "torch"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    commands.log_to_stderr(os.environ.get("SLIPWAY_LOG", "INFO"))
 
     def work(report: Report) -> None:
         given = {key: getattr(options, key) for key in takes or {} if getattr(options, key) is not None}

@@ -8,7 +8,6 @@ They are forked from a server that has imported torch and DeepSpeed once, which 
 from __future__ import annotations
 
 import ctypes
-import logging
 import multiprocessing
 import os
 import signal
@@ -173,7 +172,7 @@ def _main(
     commands.end_with_caller()
     ctypes.CDLL(None).prctl(PR_SET_NAME, f"slipway rank {rank}".encode())  # as `ps` and `top` show it
     os.environ.update(variables, WORLD_SIZE=str(world))
-    logging.basicConfig(level="INFO" if rank == 0 else "ERROR", format="%(levelname)s %(name)s: %(message)s")
+    commands.log_to_stderr("INFO" if rank == 0 else "ERROR")
     served = None if store is None else _serve(store)
     try:
         sender.send((False, work(rank, world, meeting, *rest)))

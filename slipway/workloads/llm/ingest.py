@@ -140,10 +140,11 @@ def _text(data: bytes) -> str | None:
 def _refuse_too_little(source: Source, sifted: Sifted, shares: tuple[float, ...]) -> None:
     for number, part in enumerate(PARTS):
         if shares[number] and number not in sifted.fates:
-            kept, left = sum(fate >= 0 for fate in sifted.fates), sum(sifted.dropped.values())
+            kept = sum(fate >= 0 for fate in sifted.fates)
+            left = ", ".join(f"{count} {fate}" for fate, count in sifted.dropped.items()) or "none"
             raise DataError(
                 f"{source.name}: {kept} documents are too few to give each of {', '.join(PARTS)} one ({part} has none; "
-                f"{left} were left out: {dict(sifted.dropped)}); give more text: some 100 documents of a few kB"
+                f"left out: {left}); give more text: some 100 documents of a few kB"
             )
 
 
