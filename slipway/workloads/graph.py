@@ -63,9 +63,12 @@ class Graph:
         data: bytes = made.SerializeToString()
         return data
 
-    def output(self, name: str, value: str) -> None:
-        """Give a value the name of an output."""
-        self.nodes.append(helper.make_node("Identity", [value], [name], name=name))
+    def output(self, name: str, value: str) -> str:
+        """Make what a node computes an output, by renaming it: a node that only renames is a copy for each request."""
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                names[:] = [name if each == value else each for each in names]
+        return name
 
     def linear(self, x: str, name: str, weight: Array, bias: Array | None = None, probe: bool = False) -> str:
         """X @ weight.T + bias, for a weight [out, in]; INT8 where the layer has a range.

@@ -46,7 +46,7 @@ class ClassifierGraph:
         self.probing = probe
         g, side = self.graph, self.side
         logits = self._head(self._features(IMAGE))
-        g.output("logits", logits)
+        logits = g.output("logits", logits)
         g.output("probabilities", g.op("Softmax", logits, axis=-1))
         given = [helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, ["B", side, side, 3])]
         kind, shape = TensorProto.FLOAT, ["B", self.classes]

@@ -2,8 +2,10 @@
 
 It answers for the last place of a history alone, so the last block computes one query a history. The item matrix is
 stored once and serves both as the embedding and as the output layer: in INT8 it is a quarter of the size, symmetric,
-with one scale an item, and the output layer is one integer matrix product. The engine turns it for the embedding when
-it loads the model (an edge package is optimised beforehand, and holds both). The first output lists the best items.
+with one scale a dimension. The state takes these scales before it is rounded, so the output layer is one integer matrix
+product with one scale in all, which ONNX Runtime computes faster than one with a scale an item. The engine turns the
+matrix for the embedding when it loads the model (an edge package is optimised beforehand, and holds both). The first
+output lists the best items.
 
     history int64 [B, T]  ->  items int64 [B, K], scores float32 [B, K], logits float32 [B, I+1]
 """
@@ -36,8 +38,7 @@ class RankerGraph:
         """Serialise the model; `probe` adds least and largest input of every linear layer as `range.LAYER`: [2]."""
         g, table = self.graph, self.weights["item.weight"]
         items = len(table) - 1
-        logits = self._output(self._encode(table, probe), table, probe)
-        g.output("logits", logits)
+        logits = g.output("logits", self._output(self._encode(table, probe), table, probe))
         self._best(logits, items)
         shown = min(SHOWN, items)
         outputs = [
@@ -75,20 +76,22 @@ class RankerGraph:
         g = self.graph
         if OUTPUT not in g.ranges:
             return g.op("Gather", g.constant(table, "item.weight"), "history")
-        whole, scale = quantized(table)
-        turned = g.op("Transpose", g.constant(whole.T, "item.weight"), perm=[1, 0])  # by the engine, when it loads it
-        rows = g.op("Cast", g.op("Gather", turned, "history"), to=TensorProto.FLOAT)
-        scales = g.op("Unsqueeze", g.constant(scale, "item.scale"), g.ints(1))
-        return g.op("Mul", rows, g.op("Gather", scales, "history"))
+        whole, scale = quantized(table.T)
+        turned = g.op("Transpose", g.constant(whole, "item.weight"), perm=[1, 0])  # by the engine, when it loads it
+        return g.op("DequantizeLinear", g.op("Gather", turned, "history"), g.constant(scale, "item.scale"), axis=2)
 
     def _output(self, state: str, table: Array, probe: bool) -> str:
-        """Scores of all items, from the matrix that the embedding reads: [B, I+1 and what fills the last group]."""
-        g = self.graph
-        state = g.entering(state, OUTPUT, probe)
+        """Scores of all items, from the matrix that the embedding reads: [B, I+1].
+
+        In INT8 the state takes the matrix's scales, so the product has one range in all: that is what is probed.
+        """
+        g, scaled = self.graph, state
+        if probe or OUTPUT in g.ranges:
+            scaled = g.entering(g.op("Mul", state, g.constant(quantized(table.T)[1], "item.scale")), OUTPUT, probe)
         if OUTPUT not in g.ranges:
             return g.op("Gemm", state, g.constant(table, "item.weight"), transB=1)
         # No Gemm: ONNX Runtime would pack its integer matrix anew for every request.
-        return g.op("MatMul", state, g.op("DequantizeLinear", "item.weight", "item.scale", axis=1))
+        return g.op("MatMul", scaled, g.op("DequantizeLinear", "item.weight", g.constant(np.float32(1), "one")))
 
     def _block(self, x: str, name: str, mask: str, last: bool, probe: bool) -> str:
         """A block: [B, T, D]; the last one answers for the last place alone: [B, 1, D]."""
