@@ -4,8 +4,8 @@
 come from `params.yaml` and hold for this run alone.
 
 **How to read it:** green `promote`: the version serves everybody. If deploy, canary or chaos is red, `rollback` has
-kept all users with the champion, and the red task's log ends with the reason. Each task links to its *MLflow run* and
-*Report*.
+kept all users with the champion, and the red task's log ends with the reason; a red `promote` has done so itself,
+unless they had moved already. Each task links to its *MLflow run* and *Report*.
 """
 
 from __future__ import annotations

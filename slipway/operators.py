@@ -53,16 +53,28 @@ def form(*sections: str) -> dict[str, Param]:
 def release_steps(conf: Conf) -> tuple[BaseOperator, BaseOperator, BaseOperator]:
     """Wire deploy, canary, chaos and promote, with the rollback of a failed one; gives deploy, promote and rollback.
 
-    Promote stays a leaf beside rollback, so a rolled-back run is red.
+    Promote stays a leaf beside rollback, so a rolled-back run is red; its own failure is rolled back by its callback.
     """
     deploy = Stage(stage="deploy", conf=conf, doc_md=describe("deploy"))
-    canary, chaos, promote = [Stage(stage=name, doc_md=describe(name)) for name in ("canary", "chaos", "promote")]
+    canary, chaos = [Stage(stage=name, doc_md=describe(name)) for name in ("canary", "chaos")]
+    promote = Stage(stage="promote", on_failure_callback=end_canary, doc_md=describe("promote"))
     rollback = Stage(
         stage="rollback", conf=only_canary, trigger_rule=TriggerRule.ONE_FAILED, doc_md=describe("rollback")
     )
     chain(deploy, canary, chaos, promote)
     [deploy, canary, chaos] >> rollback
     return deploy, promote, rollback
+
+
+def end_canary(context: Context) -> None:
+    """Give the champion all users after the last try of a promotion, however that ended; they may have moved."""
+    _settle()
+    name = workspace.name_of(context["dag_run"].dag_id, context["dag_run"].run_id)
+    folder, extra = _worktree(name)
+    command = Command("rollback", folder, name)
+    outcome = command.run(["-m", "tasks.rollback"], only_canary(folder, {}), log.info, **extra)
+    if outcome.code != 0:
+        log.error("the canary may have users still, run `python -m tasks.rollback`: %s", command.message(outcome))
 
 
 def only_canary(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:

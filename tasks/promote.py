@@ -2,8 +2,9 @@
 
 Reads reports/deploy.json; writes reports/promote.json. The version that it replaces becomes `previous` and stays warm
 for `promote.warm_s`, so that a rollback takes a moment; then its replicas are drained, unless it serves again. Killed
-anywhere and run again it ends the same. If it fails for good before users moved, it ends the canary, as no other step
-comes after it: the champion has all users.
+anywhere and run again it ends the same. If it fails for good before users moved, or is told to end (SIGTERM, Ctrl-C),
+it ends the canary, as no other step comes after it: the champion has all users. Where trying again may help the canary
+stays; Airflow ends it after the last try.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 
-from slipway import locks, platforms, stage
+from slipway import commands, locks, platforms, stage
 from slipway.errors import CanaryRejectedError, SlipwayError, TransientError
 from slipway.params import Params
 from slipway.platforms.base import Platform, Routing
@@ -34,10 +35,11 @@ def run(params: Params, report: Report) -> None:
         if routing.champion != version:
             began = time.monotonic()
             try:
-                _move(platform, params.workload, routing, version)
+                with commands.interruptible():
+                    _move(platform, params.workload, routing, version)
             except (TransientError, CanaryRejectedError):  # it is tried again; somebody else moved the users
                 raise
-            except Exception:
+            except BaseException:
                 if routing.champion is not None:
                     _give_back(platform, params.workload, version)
                 raise
@@ -60,17 +62,20 @@ def _move(platform: Platform, workload: str, known: Routing, version: str) -> No
         history.append("promote", workload, version, replaced=known.champion)
         try:
             platform.route(Routing(champion=version))
-        except (SlipwayError, OSError):
-            if known.champion is not None:  # it did not happen: what a rollback goes back to stays what it was
+        except BaseException:
+            if known.champion is not None and platform.status().routing == known:
+                # It did not happen: what a rollback goes back to stays what it was.
                 history.append("rollback", workload, known.champion, rolled_back=version, replaced=before)
             raise
 
 
 def _give_back(platform: Platform, workload: str, version: str) -> None:
-    """End the canary; what was in the way, such as a gateway that is started anew, may last a moment."""
+    """End the canary, unless users have moved; what was in the way, as a gateway started anew, may last a moment."""
     deadline = time.monotonic() + GIVE_BACK_S
     while True:
         try:
+            if platform.status().routing.champion == version:
+                return
             state.end_canary(platform, workload, version)
             platform.remove(version)
         except (SlipwayError, OSError) as error:

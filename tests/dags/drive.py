@@ -1,5 +1,5 @@
 """Run inside a process of its own, with Airflow's environment set before its first import: parse the DAGs of a checkout
-and run `release` twice, `rollback` once; print what was seen as one line of JSON."""
+and run `release` thrice, `rollback` once; print what was seen as one line of JSON."""
 
 from __future__ import annotations
 
@@ -77,6 +77,7 @@ def main(checkout: Path) -> None:
     initdb()
     seen["good"] = run(bag.dags["release"], {"version": "4", "canary.step_weights": [0.5]})
     seen["bad"] = run(bag.dags["release"], {"version": "5"})
+    seen["stuck"] = run(bag.dags["release"], {"version": "6"})
     seen["back"] = run(bag.dags["rollback"], {"to": "3"})
     print("\n" + json.dumps(seen, default=str))
 

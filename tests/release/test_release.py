@@ -278,22 +278,28 @@ def test_a_promotion_that_was_killed_before_the_aliases_moved_ends_right(one: Wo
         assert set(one.service.platform.status().replicas) == {second}
 
 
-def test_a_promotion_that_fails_for_good_leaves_nobody_on_the_canary(one: World) -> None:
+@pytest.mark.parametrize("told_to_end", [False, True])
+def test_a_promotion_that_fails_for_good_leaves_nobody_on_the_canary(one: World, told_to_end: bool) -> None:
     first, second = one.versions["one"], one.versions["two"]
     one.service.step("deploy", version=second)
     one.service.platform.route(Routing(first, second, 0.5))
     gateway = next(row.pid for row in stack.status(one.service.params) if row.name == "gateway")
 
+    def last(event: str) -> bool:
+        return bool(history.events(WORKLOAD)[-1]["event"] == event)
+
     def heal() -> None:
-        until(
-            lambda: history.events(WORKLOAD)[-1]["event"] == "rollback"
-        )  # the promotion is known not to have happened
+        if told_to_end:
+            until(lambda: last("promote"))  # it is under way, for as long as the gateway is silent
+            until(lambda: signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL)  # else it would end the tests
+            os.kill(os.getpid(), signal.SIGTERM)
+        until(lambda: last("rollback"))  # it is known not to have happened
         os.killpg(gateway, signal.SIGCONT)
 
     healer = threading.Thread(target=heal)
     os.killpg(gateway, signal.SIGSTOP)
     healer.start()
-    with pytest.raises(PlatformError, match="the gateway is silent"):
+    with pytest.raises(KeyboardInterrupt if told_to_end else PlatformError, match="SIGTERM|the gateway is silent"):
         one.service.step("promote")
     healer.join()
     assert one.routing == Routing(champion=first)
