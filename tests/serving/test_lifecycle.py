@@ -249,12 +249,13 @@ def test_a_drain_under_load_answers_all_that_it_accepted(start: Start) -> None:
 def test_a_draining_replica_is_live_but_not_ready_and_lets_requests_finish_for_a_while(start: Start) -> None:
     replica = start(SLIPWAY_SERVE=json.dumps({"drain_s": 2}))
     replica.wait_until_ready()
-    head = f"POST /v1/recommend HTTP/1.1\r\nHost: h\r\nContent-Length: {len(BODY)}\r\n\r\n".encode()
+    head = f"POST /v1/recommend HTTP/1.1\r\nHost: h\r\nContent-Length: {len(BODY)}\r\nExpect: 100-continue\r\n\r\n"
     slow, stuck = (socket.create_connection(("127.0.0.1", replica.port), timeout=30) for _ in range(2))
     with slow, stuck:
         for client in (slow, stuck):
-            client.sendall(head + BODY[:5])
-        time.sleep(0.1)
+            client.sendall(head.encode())
+            assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"  # it is under way
+            client.sendall(BODY[:5])
         replica.process.terminate()
         while (ready := replica.get("/v2/health/ready")).status == 200:
             time.sleep(0.01)

@@ -351,7 +351,7 @@ def test_a_replica_whose_engine_stalls_or_is_dead_is_not_ready(package: Path) ->
         asked = asyncio.create_task(app(Request("POST", RECOMMEND, b'{"history": []}')))
         while (answer := await ready()).status == 200:
             await asyncio.sleep(0.01)
-        assert b"has not come back for 0." in answer.body
+        assert b"has not come back for " in answer.body
         engine.go.set()
         assert (await asked).status == 503
         assert b"dead" in (await ready()).body

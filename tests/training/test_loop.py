@@ -107,12 +107,12 @@ def _wait(rank: int, world_size: int, meeting: str, folder: Path) -> None:
 def test_no_process_outlives_its_launcher(tmp_path: Path, number: int) -> None:
     launcher = multiprocessing.get_context("spawn").Process(target=processes.run, args=(2, _wait, tmp_path))
     launcher.start()
-    until(lambda: len(list(tmp_path.iterdir())) == 2, 60)
+    until(lambda: len(list(tmp_path.iterdir())) == 2)
     ranks = [int(path.name) for path in tmp_path.iterdir()]
     assert launcher.pid is not None
     os.kill(launcher.pid, number)
     launcher.join()
-    until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), 10)
+    until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks))  # else they sleep for ten minutes
 
 
 def test_a_killed_rank_ends_the_others_and_is_told(capfd: pytest.CaptureFixture[str]) -> None:
