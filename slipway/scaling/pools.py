@@ -13,10 +13,12 @@ import logging
 import time
 from collections.abc import Callable
 
+from slipway.errors import PlatformError
 from slipway.platforms.base import Platform
 
-UNUSED_S = 5.0
-"""Not sooner does a pool fall asleep: a gateway that was started anew knows the rate only by then."""
+UNUSED_S = 8.0
+"""Not sooner does a pool fall asleep: a gateway that was started anew knows the rate of 5 whole seconds after up to 6,
+and a look comes every second; with less a pool could fall asleep in the moment in which it is found to be needed."""
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +40,15 @@ class Pools:
         """Decide once, and act if there is need; how many pools woke (negative: fell asleep).
 
         Raises:
-            PlatformError: a pool did not wake, so that users stay where they are; the next look tries again.
+            PlatformError: the gateway is silent, or a pool did not wake, so that users stay where they are; the next
+                look tries again.
         """
-        in_use, status = self._platform.pools_in_use(), self._platform.status()
+        try:
+            in_use = self._platform.pools_in_use()
+        except PlatformError:
+            self._used = {}  # of a gateway that was away nobody knows what was used meanwhile
+            raise
+        status = self._platform.status()
         version, now = status.routing.champion, self._clock()
         replicas = status.replicas.get(version or "", ())
         awake = {replica.pool for replica in replicas} & in_use.keys()

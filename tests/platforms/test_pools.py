@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from slipway import config
+from slipway import artifacts, config
+from slipway.errors import PlatformError
 from slipway.params import Params, PoolParams, PoolsParams
 from slipway.platforms.base import Routing
 from slipway.platforms.local import gateway, programs
@@ -28,7 +29,8 @@ from slipway.platforms.local.layout import Layout
 from slipway.platforms.local.platform import LocalPlatform
 from slipway.platforms.local.supervisor import Supervisor
 from slipway.platforms.local.unix_http import UnixConnection
-from tests.conftest import ROOT, free_port, needs
+from slipway.release.replay import Replay
+from tests.conftest import ROOT, free_port, needs, until
 from tests.platforms import stand
 
 pytestmark = needs("nginx")
@@ -248,6 +250,24 @@ def test_a_version_runs_in_every_pool_and_batch_when_nobody_else_does(tmp_path: 
         assert len(platform.status().replicas["1"]) == 3
         LocalPlatform(chosen.model_copy(update={"pools": PoolsParams()})).deploy("ranker", "1", 1, 60)
         assert [replica.ready for replica in platform.status().replicas["1"]] == [True]
+
+
+def test_where_new_replicas_fail_those_that_serve_stay_as_they_are(tmp_path: Path) -> None:
+    with stand.running(tmp_path / "h", stand.params(), ["redis", "gateway"]) as up:
+        package = stand.publish("1") / "package"
+        up.platform.deploy("ranker", "1", 2, 60)
+        up.platform.route(Routing("1"))
+        before = artifacts.read_json(Layout(up.home).platform_file)
+        (package / "items.json").write_bytes(b"{}")
+        other = up.params.model_copy(update={"pools": PoolsParams(kinds=(PoolParams(name="other"),))})
+        with Replay(up.platform.gateway_url, "/v1/recommend", stand.samples(), 100) as users:
+            with pytest.raises(PlatformError, match="ended before it was ready"):
+                LocalPlatform(other).deploy("ranker", "1", 1, 60)
+            until(lambda: len(users.answers) > 20)
+        assert users.figures().failed == 0
+        assert artifacts.read_json(Layout(up.home).platform_file) == before
+        running = Supervisor(Layout(up.home)).processes()
+        assert {name for name in running if name.startswith("ranker-")} == {"ranker-1-1", "ranker-1-2"}
 
 
 def _environment(pid: int) -> str:

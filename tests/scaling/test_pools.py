@@ -34,9 +34,12 @@ class Service:
     in_use: set[str] = field(default_factory=lambda: {"cpu"})
     dead: set[str] = field(default_factory=set)
     refuses: bool = False
+    silent: bool = False
     now_s: float = 1000.0
 
     def pools_in_use(self) -> Mapping[str, bool]:
+        if self.silent:
+            raise PlatformError("the gateway is silent")
         return {pool: pool in self.in_use for pool in sorted(BOTH)}
 
     def status(self) -> Status:
@@ -70,6 +73,18 @@ def test_a_pool_falls_asleep_when_it_was_not_needed_for_a_while_and_wakes_at_onc
     service.in_use = {"gpu"}
     assert look(pools, service, UNUSED_S - 1) == BOTH
     assert look(pools, service, 1) == {"gpu"}
+
+
+def test_the_time_in_which_the_gateway_was_away_does_not_count_as_unused() -> None:
+    service = Service()
+    pools = service.pools()
+    look(pools, service)
+    service.silent = True
+    with pytest.raises(PlatformError, match="silent"):
+        look(pools, service, 1)
+    service.silent = False
+    assert look(pools, service, UNUSED_S) == BOTH
+    assert look(pools, service, UNUSED_S) == {"cpu"}
 
 
 def test_beside_a_canary_none_falls_asleep_yet_one_wakes() -> None:

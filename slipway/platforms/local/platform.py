@@ -126,18 +126,16 @@ class LocalPlatform:
     ) -> None:
         """Start and drain until `replicas` serve; without a workload only where some do already.
 
-        With `asleep` those pools have none, and only new replicas are awaited: they may come because others fail.
+        With `asleep` those pools have none, and only new replicas are awaited: they may come because others fail. Until
+        the new ones are ready, and if they fail, all stays as it is.
         """
         with self._changing() as document:
             deployments = document["deployments"]
-            if workload is None:
-                if not any(replica["serving"] for replica in deployments.get(version, {}).get("replicas", [])):
-                    raise PlatformError(f"version {version} does not serve: deploy it before you scale it")
-                workload = str(deployments[version]["workload"])
-            else:
-                document["pools"] = self._pools()
+            serves = any(replica["serving"] for replica in deployments.get(version, {}).get("replicas", []))
+            if workload is None and not serves:
+                raise PlatformError(f"version {version} does not serve: deploy it before you scale it")
             deployment = deployments.setdefault(version, {"workload": workload, "replicas": []})
-            deployment["params"] = self._params.model_dump(mode="json", include={"serve", "pools"})
+            name = workload or str(deployment["workload"])
             known = sorted(deployment["replicas"], key=lambda replica: not replica["serving"])
             wanted, missing = [], []
             for pool in self._kinds.values():
@@ -146,25 +144,30 @@ class LocalPlatform:
                 wanted += members
                 missing += [pool.name] * (count - len(members))
             surplus = [replica for replica in known if replica not in wanted]
-            wanted += self._allot(document, workload, version, missing)
-            deployment["replicas"] = wanted + [{**replica, "serving": False} for replica in surplus]
+            wanted += self._allot(document, name, version, missing)
+            deployment["replicas"] = wanted + surplus
         try:
-            self._start(workload, version, wanted)
+            self._start(name, version, wanted)
             self._await_ready([r for r in wanted if asleep is None or not r["serving"]], timeout_s)
             with self._changing() as document:
-                self._begin_serving(document, version, wanted)
-                document["deployments"][version]["wanted"] = replicas
+                self._change_over(document, version, wanted, surplus)
+                params = self._params.model_dump(mode="json", include={"serve", "pools"})
+                document["deployments"][version] |= {"wanted": replicas, "params": params}
+                if workload is not None:
+                    document["pools"] = self._pools()
         except BaseException:
             self._discard(version, [replica for replica in wanted if not replica["serving"]])
             raise
         self._discard(version, surplus)
 
-    def _begin_serving(self, document: Document, version: str, wanted: list[Record]) -> None:
+    def _change_over(self, document: Document, version: str, wanted: list[Record], surplus: list[Record]) -> None:
         on_record = {r["name"]: r for r in document["deployments"].get(version, {}).get("replicas", [])}
         for name in (replica["name"] for replica in wanted):
             if name not in on_record:
                 raise PlatformError(f"version {version} was removed while it was deployed")
             on_record[name]["serving"] = True
+        for name in (replica["name"] for replica in surplus if replica["name"] in on_record):
+            on_record[name]["serving"] = False
 
     def _discard(self, version: str, replicas: list[Record]) -> None:
         """End replicas that serve nobody, then strike them from the record."""
