@@ -23,6 +23,7 @@ from tests.platforms import stand
 
 pytestmark = needs("nginx")
 ATTEMPTS = "slipway_gateway_attempts_total"
+NOBODY = {"routing": {"champion": None, "canary": None, "canary_weight": 0}, "deployments": {}}
 
 
 @dataclass
@@ -233,6 +234,8 @@ def test_feedback_goes_to_the_champion_and_a_named_version_to_itself(service: Se
         {"routing": {"champion": None, "canary": None, "canary_weight": 1.5}, "deployments": {}},
         {"routing": {"champion": None, "canary": None, "canary_weight": 0}, "deployments": {"1": 3}},
         {"deployments": {}},
+        {**NOBODY, "pools": {"realtime": ["small"], "prices": {}}},
+        {**NOBODY, "pools": {"realtime": ["small"], "batch": "nightly", "prices": {"small": 0.1}}},
         [],
     ],
 )

@@ -21,6 +21,11 @@ local function pools_in(given)
         return { realtime = {}, prices = {} }
     end
     assert(#given.realtime <= 2, "pools: two for realtime requests at most")
+    local names = { unpack(given.realtime) }
+    names[#names + 1] = text(given.batch)
+    for _, name in ipairs(names) do
+        assert(type(given.prices[name]) == "number", "pools: no price of " .. name)
+    end
     return { realtime = given.realtime, batch = text(given.batch), prices = given.prices, low_rps = given.low_rps,
         high_rps = given.high_rps, dwell_s = given.dwell_s }
 end
