@@ -45,6 +45,16 @@ def until(true: Callable[[], object], seconds: float = 150.0) -> None:
         time.sleep(0.01)
 
 
+def working_in(folder: Path) -> list[int]:
+    """Processes whose working directory is `folder`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile, or is not ours to read
+            if (process / "cwd").readlink() == folder:
+                found.append(int(process.name))
+    return found
+
+
 def free_port() -> int:
     """Give a port of the loopback interface that nothing listens on, another one each time.
 

@@ -22,7 +22,7 @@ from slipway.workloads.classifier.decoding import Limits
 from slipway.workloads.classifier.reading import Reader, Seen
 from slipway.workloads.classifier.sources import Entry
 from tests.classifier import data
-from tests.conftest import ROOT, until
+from tests.conftest import ROOT, until, working_in
 
 CLASSES = {"cat": 40, "dog": 30, "tree": 20}
 CLOTHING = ROOT.parent / "shared/data/clothing"
@@ -215,23 +215,11 @@ def test_an_ingest_that_is_killed_leaves_no_process_and_can_be_run_again(tmp_pat
     until(lambda: any(tmp_path.glob("data/.ingest.*/pixels-00000.npy")))  # it began to write
     process.send_signal(signal.SIGKILL)
     process.wait()
-    until(lambda: not _readers(tmp_path), seconds=60)  # its readers ended with it
+    until(lambda: not working_in(tmp_path))  # its readers ended with it
     assert not (tmp_path / "data/ingest").exists()
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     assert images.load(tmp_path / "data/ingest").meta["contents"] == 260
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["ingest"]
-
-
-def _readers(folder: Path) -> list[str]:
-    """Processes that work in `folder`."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if (process / "cwd").readlink() == folder:
-                found.append(process.name)
-        except OSError:
-            continue
-    return found
 
 
 class Dying(Reader):

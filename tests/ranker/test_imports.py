@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ from slipway import artifacts, config
 from slipway.errors import DataError
 from slipway.workloads.ranker import imports, sequences
 from slipway.workloads.ranker.ingest import ingest
+from tests.conftest import ROOT, until, working_in
 
 SOURCE = '''"""import nothing"""
 from __future__ import annotations
@@ -45,6 +49,25 @@ def test_imports_are_read_in_order_once_each_and_relative_ones_are_resolved(tmp_
 def test_a_file_that_does_not_parse_has_no_imports(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "m.py").write_bytes(text)
     assert imports.imported(tmp_path / "m.py", "m.py") == []
+
+
+def test_what_mines_the_imports_ends_with_its_caller(tmp_path: Path) -> None:
+    program = (
+        "from slipway.workloads.ranker import imports; [print(file) for file, _ in imports.mine(['transformers'])]"
+    )
+    mining = subprocess.Popen(
+        [sys.executable, "-u", "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    with mining:
+        assert mining.stdout is not None
+        assert mining.stdout.readline(), "nothing was mined"
+        assert len(working_in(tmp_path)) > 1, "it was over before it was killed"
+        mining.kill()
+    until(lambda: not working_in(tmp_path))
 
 
 def test_the_embedded_data_are_the_same_bytes_each_time(tmp_path: Path) -> None:

@@ -114,23 +114,34 @@ def make(**params: Any) -> Cache:
     return Cache(CacheParams(memory_mb=1, **params), "ranker/1", None, [], Metrics().cache)
 
 
+class Engine:
+    """Answers once it may, and counts how often it is asked; the first times it refuses."""
+
+    def __init__(self, refusals: int = 0) -> None:
+        self.runs, self.refusals, self.go = 0, refusals, asyncio.Event()
+
+    async def __call__(self) -> Entry:
+        self.runs += 1
+        await self.go.wait()
+        if self.runs <= self.refusals:
+            raise OverloadError("it would take 30 ms, and 20 are left")
+        return await answer()
+
+
+async def answer() -> Entry:
+    return Entry(b"{}", ())
+
+
 def test_equal_questions_run_once_and_the_firsts_hang_up_fails_nobody() -> None:
     async def run() -> None:
-        cache, runs, go = make(), 0, asyncio.Event()
-
-        async def ask() -> Entry:
-            nonlocal runs
-            runs += 1
-            await go.wait()
-            return Entry(b"{}", ())
-
+        cache, ask = make(), Engine()
         first, *others = [asyncio.create_task(cache.get(query(1), ask, 1.0)) for _ in range(5)]
         await asyncio.sleep(0)
         first.cancel()
         await asyncio.sleep(0)
-        go.set()
+        ask.go.set()
         assert [level for _, level in await asyncio.gather(*others)] == ["none"] * 4
-        assert runs == 1
+        assert ask.runs == 1
         assert (await cache.get(query(1), ask, 1.0))[1] == "memory"
 
     asyncio.run(run())
@@ -139,22 +150,13 @@ def test_equal_questions_run_once_and_the_firsts_hang_up_fails_nobody() -> None:
 @pytest.mark.parametrize(("refusals", "runs"), [(1, 2), (9, 2)])
 def test_the_refusal_of_one_in_a_greater_hurry_is_not_the_others(refusals: int, runs: int) -> None:
     async def run() -> None:
-        cache, asked, go = make(), 0, asyncio.Event()
-
-        async def ask() -> Entry:
-            nonlocal asked
-            asked += 1
-            await go.wait()
-            if asked <= refusals:
-                raise OverloadError("it would take 30 ms, and 20 are left")
-            return Entry(b"{}", ())
-
+        cache, ask = make(), Engine(refusals)
         tasks = [asyncio.create_task(cache.get(query(1), ask, float(deadline))) for deadline in range(1, 6)]
         await asyncio.sleep(0)
-        go.set()
+        ask.go.set()
         first, *others = await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(first, OverloadError)
-        assert asked == runs, "the others share one more run"
+        assert ask.runs == runs, "the others share one more run"
         assert {type(other) for other in others} == {OverloadError if refusals > 1 else tuple}
 
     asyncio.run(run())
@@ -217,18 +219,15 @@ def test_kept_answers_count_for_the_drift_of_scores_and_say_where_they_came_from
 
 def test_what_was_kept_at_once_does_not_age_at_once_nor_for_ever() -> None:
     async def run() -> None:
-        async def ask() -> Entry:
-            return Entry(b"{}", ())
-
         cache, now = make(ttl_s=100), time.time()
-        kept = [(await cache.get(query(number), ask, 1.0))[0].fresh_until - now for number in range(200)]
+        kept = [(await cache.get(query(number), answer, 1.0))[0].fresh_until - now for number in range(200)]
         late = time.time() - now
         assert min(kept) >= 90
         assert max(kept) <= 110 + late
         assert max(kept) - min(kept) > 10
 
         cache.memory.put(key_of(b"ranker/1\0", query(0)), Entry(b"{}", (), time.time() - 1))
-        assert (await cache.get(query(0), ask, 1.0))[1] == "none"
+        assert (await cache.get(query(0), answer, 1.0))[1] == "none"
 
     asyncio.run(run())
 
@@ -325,13 +324,10 @@ def test_all_look_ups_that_wait_for_a_stalled_node_are_misses_with_its_first_fai
 @needs("redis-server")
 def test_a_request_waits_for_all_levels_together_as_long_as_for_one(folder: Path) -> None:
     async def run(near: Store, shared: Store) -> None:
-        async def ask() -> Entry:
-            return Entry(b"{}", ())
-
         noted = Noted()
         cache = Cache(CacheParams(memory_mb=1), "ranker/1", str(near.socket), [str(shared.socket)], noted)
         with stalled(near, shared):
-            assert (await cache.get(query(1), ask, 1.0))[1] == "none"
+            assert (await cache.get(query(1), answer, 1.0))[1] == "none"
             assert noted.looks == {"memory": 1, "redis": 1}  # the second level's 20 ms were the first one's
         await cache.close()
 
