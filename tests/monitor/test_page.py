@@ -49,7 +49,7 @@ def data(shown: str) -> Any:
 @needs("nginx", "redis-server", "prometheus")
 def test_the_data_of_the_page_are_those_of_the_service(shown: str, here: Here) -> None:
     def rate(now: Any, track: str) -> float:
-        return now["tracks"][track]["rate"][-1] or 0.0
+        return (now["tracks"][track]["rate"][-1] or 0.0) if track in now["tracks"] else 0.0
 
     until(lambda: 0 < rate(now := data(shown), "canary") < rate(now, "champion") < 100)
     now = data(shown)
