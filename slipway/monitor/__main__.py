@@ -12,7 +12,6 @@ environment:
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import html
@@ -28,8 +27,7 @@ from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from slipway import config
-from slipway.errors import PlatformError, SlipwayError
+from slipway.errors import PlatformError
 from slipway.monitor import view
 from slipway.monitor.programs import Programs
 from slipway.params import Params
@@ -177,24 +175,11 @@ def handler(site: Site) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def main() -> int:
-    """Parse the command line and serve until a signal; the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m slipway.monitor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--port", type=int, required=True, help="port on 127.0.0.1")
-    port = parser.parse_args().port
-    try:
-        params = config.handed()
-        ThreadingHTTPServer.daemon_threads = True
-        ThreadingHTTPServer((HOST, port), handler(Site(params, here()))).serve_forever()
-    except SlipwayError as error:
-        print(f"monitor: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+def serve(port: int, params: Params) -> None:
+    """Serve until a signal."""
+    ThreadingHTTPServer.daemon_threads = True
+    ThreadingHTTPServer((HOST, port), handler(Site(params, here()))).serve_forever()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(programs.main("monitor", __doc__, serve))

@@ -14,7 +14,6 @@ environment:
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -26,9 +25,9 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
 
-from slipway import config
 from slipway.errors import ParamsError, SlipwayError
 from slipway.params import Params
+from slipway.platforms.local import programs
 from slipway.platforms.local.platform import LocalPlatform
 from slipway.prometheus import Prometheus
 from slipway.scaling import policy
@@ -180,24 +179,12 @@ def most(params: Params) -> int:
     return max(1, len(os.sched_getaffinity(0)) // params.serve.threads)
 
 
-def main() -> int:
-    """Parse the command line and scale until a signal; the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m slipway.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--port", type=int, required=True, help="port on 127.0.0.1")
-    port = parser.parse_args().port
-    try:
-        _serve(port, config.handed())
-    except SlipwayError as error:
-        print(f"scaling: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+def serve(port: int, params: Params) -> None:
+    """Scale until a signal.
 
-
-def _serve(port: int, params: Params) -> None:
+    Raises:
+        ParamsError: there is no policy, or it cannot be read.
+    """
     logs.configure("INFO", os.environ.get("SLIPWAY_LOG_FORMAT", "text"), {})
     told = Told()
     loop = _pools(params, told) if params.pools_sleep else _champion(params, told)
@@ -227,4 +214,4 @@ def _pools(params: Params, told: Told) -> Loop:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(programs.main("scaling", __doc__, serve))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import compileall
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -233,6 +235,27 @@ def test_every_program_of_the_stack_listens_on_the_loopback_interface_alone(home
     assert "0.0.0.0" not in text
     assert "--cluster.listen-address= " in f"{text} ".replace("\n", " ")
     assert "AIRFLOW__API__HOST='127.0.0.1'" in text
+
+
+def test_page_and_autoscaler_start_anew_when_their_code_changed_not_when_python_compiled_it(
+    home: Path, tmp_path: Path
+) -> None:
+    layout, checkout = Layout(home), tmp_path / "checkout"
+    layout.make()
+    for part in ("infra", "slipway"):
+        shutil.copytree(ROOT / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
+    params = stand.params()
+
+    def sections() -> list[str]:
+        services = programs.all_of(layout, checkout, sys.executable, params)
+        return [services[name].program.section(layout) for name in ("page", "autoscaler")]
+
+    before = sections()
+    compileall.compile_dir(checkout / "slipway" / "monitor", quiet=1)
+    assert sections() == before
+    with (checkout / "slipway" / "prometheus.py").open("a") as module:  # both import it
+        module.write("# more\n")
+    assert all(section != then for section, then in zip(sections(), before, strict=True))
 
 
 def test_airflow_gets_one_generated_password_that_only_its_owner_reads(tmp_path: Path) -> None:

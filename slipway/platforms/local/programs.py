@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import shutil
 import socket
+import sys
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +16,7 @@ from pathlib import Path
 import jinja2
 
 from slipway import artifacts, config, loopback
-from slipway.errors import PlatformError
+from slipway.errors import PlatformError, SlipwayError
 from slipway.params import Params
 from slipway.platforms.local import airflow, gateway
 from slipway.platforms.local.layout import Layout
@@ -170,7 +173,7 @@ def _mlflow(layout: Layout, python: str, params: Params) -> Service:
 def _page(layout: Layout, checkout: Path, python: str, params: Params) -> Service:
     port = params.stack.page_port
     command = [python, "-m", "slipway.monitor", "--port", str(port)]
-    environment = config.hand(params) | _code(checkout / "slipway" / "monitor")
+    environment = config.hand(params) | _code(checkout / "slipway")
     return _web(Program("page", command, checkout, environment), port, "stack.page_port", "/", start_s=60)
 
 
@@ -179,7 +182,7 @@ def _autoscaler(checkout: Path, python: str, params: Params) -> list[Service]:
         return []
     port, policy = params.stack.autoscaler_port, checkout / params.deploy.autoscaling
     command = [python, "-m", "slipway.scaling", "--port", str(port)]
-    environment = config.hand(params) | {"SLIPWAY_LOG_FORMAT": "json"} | _code(checkout / "slipway" / "scaling")
+    environment = config.hand(params) | {"SLIPWAY_LOG_FORMAT": "json"} | _code(checkout / "slipway")
     environment |= _revision(policy.read_text() if policy.is_file() else "")
     program = Program("autoscaler", command, checkout, environment)
     return [_web(program, port, "stack.autoscaler_port", "/health", start_s=60)]
@@ -221,14 +224,36 @@ def answers(url: str, timeout_s: float = _HEALTH_TIMEOUT_S) -> bool:
         return False
 
 
+def main(name: str, about: str | None, serve: Callable[[int, Params], None]) -> int:
+    """Run a program of the stack that is a package of slipway: `serve` on its port, with the parameters of `up`.
+
+    Gives the exit code: 130 for a signal, that of the error that the user must mend, otherwise 0.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m slipway.{name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--port", type=int, required=True, help=f"port on {HOST}")
+    port = parser.parse_args().port
+    try:
+        serve(port, config.handed())
+    except SlipwayError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
 def _template(path: Path, values: Mapping[str, object]) -> str:
     template = jinja2.Template(path.read_text(), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return str(template.render(values))
 
 
 def _code(folder: Path) -> dict[str, str]:
-    """Let supervisord see that a program's code changed."""
-    return {"SLIPWAY_REVISION": artifacts.sha256(folder)[:12]}
+    """Let supervisord see that a program's code changed; Python's compiled form of it comes and goes by itself."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    text = "".join(f"{path.relative_to(folder)} {artifacts.sha256(path)}\n" for path in files)
+    return {"SLIPWAY_REVISION": hashlib.sha256(text.encode()).hexdigest()[:12]}
 
 
 def _revision(text: str) -> dict[str, str]:
