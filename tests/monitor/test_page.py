@@ -51,7 +51,12 @@ def test_the_data_of_the_page_are_those_of_the_service(shown: str, here: Here) -
     def rate(now: Any, track: str) -> float:
         return (now["tracks"][track]["rate"][-1] or 0.0) if track in now["tracks"] else 0.0
 
-    until(lambda: 0 < rate(now := data(shown), "canary") < rate(now, "champion") < 100)
+    def scraped() -> bool:
+        now = data(shown)
+        rates = rate(now, "canary"), rate(now, "champion")
+        return len(now["replicas"]) == 3 and 0 < rates[0] < rates[1] and 10 < rates[1] < 100
+
+    until(scraped)
     now = data(shown)
     assert now["problem"] == ""
     assert now["routing"] == {"champion": "3", "canary": "4", "weight": 0.25}
