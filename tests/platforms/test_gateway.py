@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -236,7 +237,7 @@ def test_feedback_goes_to_the_champion_and_a_named_version_to_itself(service: Se
         {"deployments": {}},
         {**NOBODY, "pools": {"realtime": ["small"], "prices": {}}},
         {**NOBODY, "pools": {"realtime": ["small"], "batch": "nightly", "prices": {"small": 0.1}}},
-        [],
+        {},
     ],
 )
 def test_a_document_that_makes_no_sense_is_refused_and_the_old_one_stays(
@@ -245,6 +246,16 @@ def test_a_document_that_makes_no_sense_is_refused_and_the_old_one_stays(
     service.route(layout, [Backend(200)], [])
     with pytest.raises(PlatformError, match="the gateway refuses the state"):
         gateway.put(layout, document)
+    assert service.ask()[:2] == (200, "1")
+
+
+def test_what_was_sent_before_the_state_in_force_is_refused_however_late_it_comes(
+    service: Service, layout: Layout
+) -> None:
+    service.route(layout, [Backend(200)], [])
+    stale = json.dumps({**NOBODY, "sent_s": time.monotonic() - 60}).encode()
+    with pytest.raises(PlatformError, match="it was sent before the one in force"):
+        gateway._call(layout.gateway_socket, "PUT", "/state", stale)
     assert service.ask()[:2] == (200, "1")
 
 

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import ssl
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,14 @@ _TIMEOUT_S = 5.0
 def put(layout: Layout, document: Mapping[str, Any]) -> None:
     """Put routing and replicas in force, at once and together.
 
+    A gateway that was silent for longer than anybody waits finds what it was sent meanwhile; by the moment it was sent
+    (s since the machine started) it knows what came later, so that a promotion that was given up moves nobody.
+
     Raises:
         PlatformError: the gateway does not answer, or refuses the document.
     """
-    _call(layout.gateway_socket, "PUT", "/state", json.dumps(document).encode())
+    sent = {**document, "sent_s": time.monotonic()}
+    _call(layout.gateway_socket, "PUT", "/state", json.dumps(sent).encode())
 
 
 def put_tokens(layout: Layout, tokens: Mapping[str, Mapping[str, str]]) -> None:
