@@ -54,7 +54,7 @@ def test_perplexity_falls_though_experts_go_unused(
     tmp_path: Path, ingested: corpus.Corpus, zero: int, precision: str
 ) -> None:
     # 8 rows of 2 tokens and 64 experts: in every step some expert has no token on one rank, or on both.
-    model = TINY.model_copy(update={"experts": 64, "experts_per_token": 1, "context_length": 2, "epoch_tokens": 2048})
+    model = TINY.model_copy(update={"experts": 64, "experts_per_token": 1, "context_length": 2, "epoch_tokens": 1024})
     state = loop.train(job(tmp_path, ingested.folder, model, zero=zero, precision=precision))
     perplexities = [point.figures["perplexity"] for point in state.curve]
     assert perplexities[-1] < 0.5 * ingested.vocabulary, perplexities

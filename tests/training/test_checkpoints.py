@@ -24,6 +24,7 @@ from slipway.errors import CheckpointError, TransientError
 from slipway.training import checkpoints, loop, order, precision, processes, snapshots, trainer
 from slipway.workloads.ranker.training import RankerTask
 from tests.conftest import until
+from tests.training.conftest import Whole
 from tests.training.test_loop import MODEL, job, weights
 
 
@@ -144,19 +145,17 @@ def wait_for(folder: Path, count: int) -> None:
 
 @pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_the_end_is_bit_for_bit_the_same(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    whole: Whole, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    left_alone = job(tmp_path / "whole")
-    expected = loop.train(left_alone)
-    mine = replace(left_alone, checkpoints=tmp_path / "killed", out=tmp_path / "out")
+    mine = job(tmp_path)
     with training(mine) as ended:
         wait_for(mine.checkpoints, 2)
         os.kill(rank(1), signal.SIGKILL)
         state = ended.result()
     assert "rank 1 ended with SIGKILL" in caplog.text
     assert "starting again from the last checkpoint, 1 restarts left" in caplog.text
-    assert [(p.loss, p.metric) for p in state.curve] == [(p.loss, p.metric) for p in expected.curve]
-    assert weights(mine.out) == weights(left_alone.out)
+    assert [(p.loss, p.metric) for p in state.curve] == [(p.loss, p.metric) for p in whole.state.curve]
+    assert weights(mine.out) == weights(whole.job.out)
 
 
 def test_processes_that_are_killed_each_time_are_not_started_for_ever(tmp_path: Path) -> None:
@@ -253,9 +252,10 @@ def test_weights_and_moments_are_the_same_bits_for_another_number_of_processes(
     The combinations hold every ZeRO stage, offload target and precision and sparse training at least once, each so in
     both directions. At stage 0 nothing is partitioned, so its fp16 has an optimizer, and a checkpoint, of its own.
     """
-    resume: Path | None = None
+    written: Path | None = None
     seen = 0
     for number, world_size in enumerate((2, 1, 2)):
+        resume = written and processes.run(1, loop._convert, written, written.parent / trainer.UNIVERSAL)
         mine = job(tmp_path, world_size=world_size, **turned)
         model = mine.model.model_copy(update={"blocks": 2})  # one to freeze, one to go on
         mine = replace(mine, model=model, checkpoints=tmp_path / f"{number}" / "checkpoints")
@@ -271,7 +271,6 @@ def test_weights_and_moments_are_the_same_bits_for_another_number_of_processes(
             assert any(value.any() for value in moments), "no step was taken, so nothing was resumed"
         written = checkpoints.newest(mine.checkpoints)
         assert written is not None
-        resume = processes.run(1, loop._convert, written, mine.checkpoints / trainer.UNIVERSAL)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -285,7 +285,7 @@ def test_auto_adds_workers_where_input_is_slow_and_starts_none_where_it_is_not()
 def test_training_stays_the_same_bit_for_bit_whoever_makes_the_batches(tmp_path: Path) -> None:
     ended = []
     for workers in (0, 2):
-        job = loop_job(tmp_path / str(workers), epochs=8, loader=LoaderParams(workers=workers))
+        job = loop_job(tmp_path / str(workers), epochs=8, checkpoint_every_s=60.0, loader=LoaderParams(workers=workers))
         state = loop.train(job)
         ended.append(([(point.loss, point.metric) for point in state.curve], weights(job.out)))
     assert ended[0] == ended[1]

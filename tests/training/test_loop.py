@@ -19,6 +19,7 @@ from slipway.training import checkpoints, loop, processes, trainer
 from slipway.workloads.ranker.params import RankerParams
 from tests.conftest import until
 from tests.ranker import data
+from tests.training.conftest import Whole
 
 MODEL = RankerParams(width=16, blocks=1, max_length=8, dropout=0.2, negatives=16)
 
@@ -37,12 +38,11 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_ends_bit_for_bit_like_one_that_was_not(tmp_path: Path) -> None:
-    whole = job(tmp_path / "whole")
-    state = loop.train(whole)
-    assert state.curve[-1].metric > 2 * state.curve[0].metric or state.curve[-1].metric > 0.5, state.curve
+def test_a_run_that_was_killed_ends_bit_for_bit_like_one_that_was_not(whole: Whole, tmp_path: Path) -> None:
+    curve = whole.state.curve
+    assert curve[-1].metric > 2 * curve[0].metric or curve[-1].metric > 0.5, curve
 
-    killed = replace(whole, checkpoints=tmp_path / "killed", out=tmp_path / "out")
+    killed = job(tmp_path)
     stage = multiprocessing.get_context("spawn").Process(target=loop.train, args=(killed,))
     stage.start()
     deadline = time.monotonic() + 300
@@ -53,10 +53,10 @@ def test_a_run_that_was_killed_ends_bit_for_bit_like_one_that_was_not(tmp_path: 
     resumed = checkpoints.newest(killed.checkpoints)
     assert resumed is not None, "no checkpoint was written before the kill"
     assert not (killed.out / trained.MODEL).exists()
-    again = loop.train(killed)
+    again = loop.train(replace(killed, train=whole.job.train))
 
-    assert [(p.loss, p.metric) for p in again.curve] == [(p.loss, p.metric) for p in state.curve]
-    assert weights(killed.out) == weights(whole.out)
+    assert [(p.loss, p.metric) for p in again.curve] == [(p.loss, p.metric) for p in curve]
+    assert weights(killed.out) == weights(whole.job.out)
 
 
 @pytest.mark.slow

@@ -249,7 +249,7 @@ class Machine:
     def __post_init__(self) -> None:
         params = YAML(typ="safe").load(ROOT / "params.yaml")
         params["train"] |= {
-            **{"epochs": 6, "batch_size": 16, "learning_rate": 0.01, "world_size": WORLD},
+            **{"epochs": 4, "batch_size": 16, "learning_rate": 0.01, "world_size": WORLD},
             "checkpoint_every_s": 0.001,
         }
         params["ranker"] |= {"width": 16, "blocks": 1, "max_length": 8, "dropout": 0.2, "negatives": 16}

@@ -278,12 +278,13 @@ def test_what_sparse_training_does_not_go_with_is_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_sparse_run_ends_bit_for_bit_like_one_that_was_not(tmp_path: Path) -> None:
     technique = {"share": 0.3, "warmup": 0.1, "reselect_every": 4, "tables": True, "freeze": 0.5}
-    whole = job(tmp_path / "whole", zero=0, sparse=technique)
+    whole = job(tmp_path / "whole", zero=0, sparse=technique, checkpoint_every_s=60.0)
     whole = replace(whole, model=whole.model.model_copy(update={"blocks": 2}))
     state = loop.train(whole)
     assert state.best.metric > 0.3, state.curve
 
-    killed = replace(whole, checkpoints=tmp_path / "killed", out=tmp_path / "out")
+    often = whole.train.model_copy(update={"checkpoint_every_s": 0.001})
+    killed = replace(whole, train=often, checkpoints=tmp_path / "killed", out=tmp_path / "out")
     stage = multiprocessing.get_context("spawn").Process(target=loop.train, args=(killed,))
     stage.start()
     deadline = time.monotonic() + 300
@@ -297,6 +298,6 @@ def test_a_killed_sparse_run_ends_bit_for_bit_like_one_that_was_not(tmp_path: Pa
     resumed = checkpoints.newest(killed.checkpoints)
     assert resumed is not None, "no checkpoint was written before the kill"
     assert not (killed.out / "model.json").exists()
-    again = loop.train(killed)
+    again = loop.train(replace(killed, train=whole.train))
     assert [(p.loss, p.metric) for p in again.curve] == [(p.loss, p.metric) for p in state.curve]
     assert weights(killed.out) == weights(whole.out)
