@@ -157,7 +157,8 @@ def test_the_track_is_the_one_that_the_hash_of_canary_and_user_gives(two: Here, 
 def test_users_never_see_a_canary_that_is_broken_but_its_failures_are_counted(two: Here) -> None:
     two.platform.route(Routing("1", "2", 1.0))
     victims = [replica(two, "2", 0), replica(two, "2", 1)]
-    before = stand.counters(two.params, "slipway_gateway_attempts_total")
+    attempts, good = "slipway_gateway_attempts_total", 'slipway_gateway_attempts_total{version="1",outcome="ok"}'
+    before, already = stand.counters(two.params, attempts), stand.counters(two.params, good)
     for victim in victims:
         two.platform.inject(victim, Fault.STALL)
     answers = []
@@ -166,7 +167,8 @@ def test_users_never_see_a_canary_that_is_broken_but_its_failures_are_counted(tw
         time.sleep(0.2)
     for victim in victims:
         two.platform.heal(victim)
-    new = stand.counters(two.params, "slipway_gateway_attempts_total", before, 15)
+    stand.counters(two.params, good, already, 12)  # waits until the last one is counted
+    new = stand.counters(two.params, attempts, before)
     assert [(status, headers["X-Slipway-Track"]) for status, headers, _ in answers] == [(200, "canary")] * 12
     assert {headers["X-Slipway-Version"] for _, headers, _ in answers} == {"1"}
     assert new['{version="2",outcome="timeout"}'] >= 1
