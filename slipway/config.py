@@ -131,10 +131,10 @@ def _explain(model: type[BaseModel], problem: Any, path: Path, prefix: str) -> s
     if problem["type"] == "extra_forbidden":
         names = sorted(info.alias or name for name, info in parent.model_fields.items() if not info.exclude)
         return f"{path}: {key}: unknown key; allowed here: {', '.join(names)}"
+    if problem["type"] == "value_error":  # our own checks tell what they got, where it is no secret, and what to do
+        return f"{path}: {key}: {problem['ctx']['error']}"
     help_text = f"; allowed: {field.description}" if field is not None and field.description else ""
-    # Our own checks tell what they got, where it is no secret.
-    got = "" if problem["type"] == "value_error" else f" (got {repr(problem['input'])[:80]})"
-    return f"{path}: {key}: {problem['msg']}{got}{help_text}"
+    return f"{path}: {key}: {problem['msg']} (got {repr(problem['input'])[:80]}){help_text}"
 
 
 def _walk(model: type[BaseModel], location: list[str]) -> tuple[type[BaseModel], Any]:
