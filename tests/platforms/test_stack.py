@@ -208,6 +208,15 @@ def test_the_rendered_configurations_are_valid(home: Path) -> None:
     assert [file.read_text() for file in files] == before
 
 
+def test_a_process_has_ended_though_its_parent_has_not_taken_note() -> None:
+    began = time.monotonic()
+    with subprocess.Popen(["true"]) as ended:
+        processes.await_end(ended.pid, 60.0)
+        assert Path(f"/proc/{ended.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    assert time.monotonic() - began < 30
+    processes.await_end(ended.pid, 60.0)  # which is long gone
+
+
 def test_a_session_of_an_earlier_boot_or_leader_holds_none_of_ours(home: Path) -> None:
     now = processes.Session.of(os.getpid())
     assert now.may_hold_members()

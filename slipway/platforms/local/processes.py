@@ -9,6 +9,7 @@ kernel gives to somebody else meanwhile is never hit.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import time
@@ -140,6 +141,16 @@ def end(home: Path, session: Session | None, grace_s: float) -> int:
             found |= pids.keys()
         time.sleep(0.1)
     return len(found)
+
+
+def await_end(pid: int, seconds: float) -> None:
+    """Wait, for some time, until a process has ended, be its parent as late to take note as some containers' PID 1."""
+    with ExitStack() as stack, suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(pid)
+        stack.callback(os.close, descriptor)
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        poll.poll(seconds * 1000)
 
 
 def _opened(stack: ExitStack, wanted: Callable[[int], bool]) -> dict[int, int]:

@@ -210,9 +210,7 @@ def down() -> int:
             leader = supervisor.pid()
             supervisor.stop(list(supervisor.processes()), _STOP_S)
             supervisor.shutdown()
-            deadline = time.monotonic() + 10
-            while Path(f"/proc/{leader}").exists() and time.monotonic() < deadline:
-                time.sleep(0.05)
+            processes.await_end(leader, 10.0)
         return end_orphans(layout)
 
 
