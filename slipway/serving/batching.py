@@ -1,8 +1,9 @@
 """Micro-batching: what waits together runs together, in one worker thread off the event loop.
 
-It is work-conserving: an idle engine takes at once what is there, and while it runs the next batch gathers. With
-`max_wait_s` it waits a little where that makes a batch worth its run (`pace.py`). A request is a group of samples that
-stay together; `put` tells a function of their results, without a task or a future, `submit` lets a coroutine wait.
+It is work-conserving: an idle engine takes at once what is there. While it runs the next batch gathers, and its thread
+takes it itself: to be handed it would cost a wake-up more. With `max_wait_s` it waits a little where that makes a batch
+worth its run (`pace.py`). A request is a group of samples that stay together; `put` tells a function of their results,
+without a task or a future, `submit` lets a coroutine wait.
 
 Who cannot be answered in time is refused before it costs the engine anything: at once where the queue and the engine's
 measured time say so, else when its time is up. Cancelling takes a request out of the queue.
@@ -16,6 +17,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
@@ -44,7 +46,6 @@ class Observer(Protocol):
 
 
 Outcome = list[R] | Exception
-_Done = Callable[[list[Outcome[R]], float], None]
 
 
 class Job(Generic[T, R]):
@@ -75,56 +76,102 @@ class Job(Generic[T, R]):
         self._queue.drop(self)
 
 
+class Batch(Generic[T, R]):
+    """Jobs that run together."""
+
+    __slots__ = ("began", "jobs", "outcomes", "seconds", "size")
+
+    def __init__(self, jobs: Sequence[Job[T, R]], size: int, began: float) -> None:
+        self.jobs, self.size, self.began = jobs, size, began
+        self.outcomes: Sequence[Outcome[R]] = ()
+        """Of each job, once it ran."""
+        self.seconds = 0.0
+
+
 class _Queue(Generic[T, R]):
-    """Jobs in the order in which they came."""
+    """Jobs in the order in which they came; the loop adds them, the engine's thread takes them, under `lock`."""
 
     def __init__(self) -> None:
         self.jobs: dict[Job[T, R], None] = {}
         self.samples = 0
+        self.lock = threading.Lock()
 
     def add(self, job: Job[T, R]) -> None:
         self.jobs[job] = None
         self.samples += len(job.samples)
 
-    def drop(self, job: Job[T, R]) -> None:
-        if job in self.jobs:
+    def waiting(self) -> Sequence[Job[T, R]]:
+        """Give all, the oldest first."""
+        with self.lock:
+            return tuple(self.jobs)
+
+    def take(self, most: int, now: float) -> Batch[T, R] | None:
+        """Take the oldest that fit into a batch; those whose time is up are left for `_look`."""
+        jobs, room = [], most
+        for job in self.jobs:
+            if job.deadline <= now:
+                continue
+            if len(job.samples) > room:
+                break
+            room -= len(job.samples)
+            jobs.append(job)
+        for job in jobs:
             del self.jobs[job]
-            self.samples -= len(job.samples)
+        self.samples -= most - room
+        return Batch(jobs, most - room, now) if jobs else None
+
+    def drop(self, job: Job[T, R]) -> None:
+        """Take one out, if it is there."""
+        with self.lock:
+            if job in self.jobs:
+                del self.jobs[job]
+                self.samples -= len(job.samples)
 
 
-class Worker(Generic[R]):
-    """One thread that runs one task after another, and tells the event loop; made there."""
+class Worker(Generic[T, R]):
+    """One thread that runs one batch after another, and tells the event loop; made there.
 
-    def __init__(self) -> None:
+    Args:
+        take: gives the next batch, if there is one; called by the thread, as `run` is.
+        run: fills in what became of it.
+        done: is told of it, on the loop, once the next one was taken.
+    """
+
+    def __init__(
+        self,
+        take: Callable[[], Batch[T, R] | None],
+        run: Callable[[Batch[T, R]], None],
+        done: Callable[[Batch[T, R]], None],
+    ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._tasks: queue.SimpleQueue[tuple[Callable[[], list[Outcome[R]]], _Done[R]] | None] = queue.SimpleQueue()
+        self._take, self._run, self._done = take, run, done
+        self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self.alive = True
         """Does the thread still run? Told by itself: `threading` takes a lock to know, and each request asks twice."""
         threading.Thread(target=self._run_all, name="engine", daemon=True).start()
 
-    def run(self, task: Callable[[], list[Outcome[R]]], done: _Done[R]) -> None:
-        """Run a task; `done` gets its outcomes and its seconds, on the loop."""
-        self._tasks.put((task, done))
+    def wake(self) -> None:
+        """Let the idle thread take what is there."""
+        self._calls.put(True)
 
     def close(self) -> None:
-        """End the thread after its present task."""
-        self._tasks.put(None)
+        """End the thread when nothing waits."""
+        self._calls.put(False)
 
     def _run_all(self) -> None:
         try:
-            self._run_each()
+            while self._calls.get():
+                self._run_each()
         finally:
             self.alive = False
 
     def _run_each(self) -> None:
-        while item := self._tasks.get():
-            task, done = item
-            began = time.monotonic()
-            outcomes = task()
-            try:
-                self._loop.call_soon_threadsafe(done, outcomes, time.monotonic() - began)
-            except RuntimeError:  # the loop was closed meanwhile: nobody waits any more
-                return
+        batch = self._take()
+        while batch is not None:
+            self._run(batch)
+            ran, batch = batch, self._take()
+            with suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
+                self._loop.call_soon_threadsafe(self._done, ran)
 
 
 class Batcher(Generic[T, R]):
@@ -136,7 +183,7 @@ class Batcher(Generic[T, R]):
         max_wait_s: longest wait of an idle engine for a batch that is worth its run.
         max_queue: most requests that wait.
         observer: hears of every batch.
-        worker: what runs the work; a thread of its own, unless a test simulates one.
+        worker: makes what runs the work; a thread of its own, unless a test simulates one.
         clock: seconds, of deadlines too.
     """
 
@@ -147,7 +194,7 @@ class Batcher(Generic[T, R]):
         max_wait_s: float,
         max_queue: int,
         observer: Observer,
-        worker: Worker[R] | None = None,
+        worker: Callable[..., Worker[T, R]] = Worker,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._work, self._observer, self._clock = work, observer, clock
@@ -156,9 +203,11 @@ class Batcher(Generic[T, R]):
         self._queue: _Queue[T, R] = _Queue()
         self._loop = asyncio.get_running_loop()
         self._start: asyncio.Handle | None = None
-        self._running: list[Job[T, R]] = []
-        self._size, self._began, self._ends = 0, 0.0, 0.0  # of what runs; its end as far as can be told
-        self._worker = worker or Worker()
+        self._called = self._looking = False  # may the engine take what waits; is `_look` to come
+        self._running: Batch[T, R] | None = None
+        self._ends = 0.0  # of what runs, as far as can be told
+        self._ran = self._told = 0  # batches, by the engine's thread and by the loop
+        self._worker = worker(self._take, self._run, self._finish)
 
     def __len__(self) -> int:
         """Count the requests that wait."""
@@ -174,10 +223,11 @@ class Batcher(Generic[T, R]):
         """Say what is wrong with the engine; nothing if it is well."""
         if not self._worker.alive:
             return DEAD
-        if not self._running:
+        running = self._running
+        if running is None:
             return ""
-        seconds = self._clock() - self._began
-        stalled = seconds > max(STALL_S, STALL_RATIO * self._pace.takes_s(self._size))
+        seconds = self._clock() - running.began
+        stalled = seconds > max(STALL_S, STALL_RATIO * self._pace.takes_s(running.size))
         return f"the engine has not come back for {seconds:.1f} s" if stalled else ""
 
     async def submit(self, samples: Sequence[T], deadline: float = math.inf) -> list[R]:
@@ -214,13 +264,15 @@ class Batcher(Generic[T, R]):
         if self._max_wait_s:
             self._pace.arrived(now, len(samples))
         job: Job[T, R] = Job(samples, done, now, deadline, self._queue)
-        self._queue.add(job)
-        if not self._running:
+        with self._queue.lock:
+            self._queue.add(job)
+            idle = self._running is None
+        if idle:
             self._schedule()
         return job
 
     def close(self) -> None:
-        """End the worker after its present batch."""
+        """End the worker when nothing waits."""
         self._worker.close()
 
     def admit(self, samples: int, deadline: float) -> None:
@@ -260,81 +312,81 @@ class Batcher(Generic[T, R]):
 
     def _schedule(self) -> None:
         """Start in the loop's next turn, so that requests that came in one go run in one go; or after the wait."""
+        if not self._looking:
+            self._looking = True
+            self._loop.call_later(LOOK_S, self._look)
         if not self._max_wait_s:
             if self._start is None:
-                self._start = self._loop.call_soon(self._take)
+                self._start = self._loop.call_soon(self._call)
             return
         if self._start is not None:
             self._start.cancel()
-        jobs, samples = self._queue.jobs, self._queue.samples
-        last_start = min(job.deadline for job in jobs) - self._pace.takes_s(samples)
-        wait_s = self._pace.start(next(iter(jobs)).queued, samples, last_start) - self._clock()
-        self._start = self._loop.call_later(wait_s, self._take) if wait_s > 0 else self._loop.call_soon(self._take)
-
-    def _take(self) -> None:
-        """Hand the oldest requests that fit into a batch to the worker."""
-        self._start = None
-        batch: list[Job[T, R]] = []
-        late: list[Job[T, R]] = []
-        room, now = self._max_batch, self._clock()
-        for job in self._queue.jobs:
-            if job.deadline <= now:
-                late.append(job)
-            elif len(job.samples) <= room:
-                room -= len(job.samples)
-                batch.append(job)
-            else:
-                break
-        for job in (*batch, *late):
-            self._queue.drop(job)
-        if batch:
-            self._observer.left([now - job.queued for job in batch])
-            self._running, self._size, self._began = batch, self._max_batch - room, now
-            self._ends = now + self._pace.takes_s(self._size)
-            self._worker.run(lambda: self._run(batch), lambda outcomes, seconds: self._finish(batch, outcomes, seconds))
-            self._loop.call_later(LOOK_S, self._look, batch)
-        for job in late:
-            job.settle(_late())
-
-    def _look(self, batch: list[Job[T, R]]) -> None:
-        """While a batch runs, tell those whose time is up: the engine may never come back."""
-        if self._running is not batch:
+        jobs, samples = self._queue.waiting(), self._queue.samples
+        if not jobs:  # just taken
             return
-        now, alive = self._clock(), self._worker.alive
-        for job in (*batch, *self._queue.jobs):
+        last_start = min(job.deadline for job in jobs) - self._pace.takes_s(samples)
+        wait_s = self._pace.start(jobs[0].queued, samples, last_start) - self._clock()
+        self._start = self._loop.call_later(wait_s, self._call) if wait_s > 0 else self._loop.call_soon(self._call)
+
+    def _call(self) -> None:
+        self._start = None
+        if self._running is None:
+            self._called = True
+            self._worker.wake()
+
+    def _take(self) -> Batch[T, R] | None:
+        """Take the next batch, in the engine's thread: where it is to wait, only when it is called.
+
+        It is never more than a batch ahead of the loop, which in a flood needs the processor more than the engine does.
+        """
+        with self._queue.lock:
+            may, self._called = (self._called or not self._max_wait_s) and self._ran - self._told <= 1, False
+            now = self._clock()
+            self._running = batch = self._queue.take(self._max_batch, now) if may else None
+            if batch is not None:
+                self._ends = now + self._pace.takes_s(batch.size)
+        return batch
+
+    def _look(self) -> None:
+        """While anybody waits, tell those whose time is up: the engine may never come back."""
+        now, alive, running = self._clock(), self._worker.alive, self._running
+        for job in (*(running.jobs if running else ()), *self._queue.waiting()):
             if job.deadline <= now or not alive:
                 self._queue.drop(job)
                 job.settle(_late() if alive else TransientError(DEAD))
-        self._loop.call_later(LOOK_S, self._look, batch)
+        self._looking = running is not None or bool(self._queue.jobs)
+        if self._looking:
+            self._loop.call_later(LOOK_S, self._look)
 
-    def _run(self, batch: list[Job[T, R]]) -> list[Outcome[R]]:
+    def _run(self, batch: Batch[T, R]) -> None:
+        began = self._clock()
+        batch.outcomes = self._outcomes(batch.jobs)
+        batch.seconds = self._clock() - began
+        self._ran += 1
+
+    def _outcomes(self, jobs: Sequence[Job[T, R]]) -> Sequence[Outcome[R]]:
         """Run a batch; if it fails, its requests one by one, so that only the guilty one fails."""
         try:
-            results = self._work([sample for job in batch for sample in job.samples])
+            results = self._work([sample for job in jobs for sample in job.samples])
         except Exception as error:  # noqa: BLE001  # whatever the engine raises belongs to the requests
-            return [error] if len(batch) == 1 else [self._run([job])[0] for job in batch]
+            return [error] if len(jobs) == 1 else [self._outcomes([job])[0] for job in jobs]
         outcomes: list[Outcome[R]] = []
         at = 0
-        for job in batch:
+        for job in jobs:
             outcomes.append(list(results[at : at + len(job.samples)]))
             at += len(job.samples)
         return outcomes
 
-    def _finish(self, batch: list[Job[T, R]], outcomes: list[Outcome[R]], seconds: float) -> None:
-        size = self._size
-        self._running = []
-        self._pace.ran(size, self._clock() - self._began)  # with what it waited for the loop: under load, most of it
-        if self._queue.jobs:  # first: the engine works on while the answers are written
-            self._go_on()
-        self._observer.ran(size, seconds)
-        for job, outcome in zip(batch, outcomes, strict=True):
-            job.settle(outcome)
-
-    def _go_on(self) -> None:
-        if self._max_wait_s:
+    def _finish(self, batch: Batch[T, R]) -> None:
+        self._told += 1
+        took_s = self._clock() - batch.began  # with what it waited for the loop: under load, most of it
+        self._pace.ran(batch.size, took_s)
+        if self._running is None and self._queue.jobs:  # who waits a little, or came as the thread found nobody
             self._schedule()
-        else:
-            self._take()
+        self._observer.left([batch.began - job.queued for job in batch.jobs])
+        self._observer.ran(batch.size, batch.seconds)
+        for job, outcome in zip(batch.jobs, batch.outcomes, strict=True):
+            job.settle(outcome)
 
 
 def _late() -> DeadlineError:

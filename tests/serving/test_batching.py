@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 
 from benchmarks import load
 from slipway.errors import DeadlineError, OverloadError, TransientError
-from slipway.serving.batching import LOOK_S, Batcher, Job, Worker
+from slipway.serving.batching import LOOK_S, Batch, Batcher, Job, Worker
 from slipway.serving.pace import Pace
 
 
@@ -110,6 +112,28 @@ def test_what_comes_while_the_engine_is_busy_runs_together_next() -> None:
 
     run(test, gate)
     assert gate.batches == [[1], [2, 3, 4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize("max_wait_s", [0.0, 0.0002])
+def test_who_comes_as_the_engine_falls_asleep_is_not_forgotten(max_wait_s: float) -> None:
+    def engine(samples: Sequence[int]) -> list[int]:
+        time.sleep(0.00002 * (samples[0] % 11))
+        return [2 * sample for sample in samples]
+
+    async def test(batcher: Batcher[int, int]) -> None:
+        for n in range(1000):  # nobody comes after the second, whose request would wake the engine for his
+            first = submit(batcher, n)
+            for _ in range(n % 17):
+                await asyncio.sleep(0)
+            assert await batcher.submit([-n]) == [-2 * n]
+            assert await first == [2 * n]
+
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # the threads change after nearly every step
+    try:
+        run(test, engine, max_wait_s=max_wait_s)
+    finally:
+        sys.setswitchinterval(interval_s)
 
 
 def test_it_tells_beforehand_what_would_be_late() -> None:
@@ -274,20 +298,29 @@ class Clock(asyncio.SelectorEventLoop):
 BASE_S, EACH_S = 0.00105, 0.000135
 
 
-class Simulated(Worker[int]):
+class Simulated(Worker[int, int]):
     """An engine that takes `BASE_S` for a run and `EACH_S` for a sample, by the loop's clock."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self.alive = True
-        self.runs: list[tuple[float, int]] = []
+    def __init__(self, clock: Clock, runs: list[tuple[float, int]], take: Any, run: Any, done: Any) -> None:
+        self._clock, self._runs = clock, runs
+        self._take, self._run, self._done = take, run, done
+        self.alive, self._busy = True, False
 
-    def run(self, task: Any, done: Any) -> None:
-        outcomes = task()
-        size = sum(len(outcome) for outcome in outcomes)
-        seconds = BASE_S + EACH_S * size
-        self.runs.append((self._clock.now, size))
-        self._clock.call_later(seconds, done, outcomes, seconds)
+    def wake(self) -> None:
+        if not self._busy:
+            self._begin(self._take())
+
+    def _begin(self, batch: Batch[int, int] | None) -> None:
+        self._busy = batch is not None
+        if batch is not None:
+            self._runs.append((self._clock.now, batch.size))
+            self._clock.call_later(BASE_S + EACH_S * batch.size, self._end, batch)
+
+    def _end(self, batch: Batch[int, int]) -> None:
+        self._run(batch)
+        following = self._take()
+        self._done(batch)
+        self._begin(following)
 
     def close(self) -> None:
         pass
@@ -329,8 +362,7 @@ def simulate(
             seen.refused.append((began, clock.now))
 
     async def body() -> None:
-        worker = Simulated(clock)
-        seen.runs = worker.runs
+        worker = partial(Simulated, clock, seen.runs)
         batcher: Batcher[int, int] = Batcher(
             lambda samples: [2 * n for n in samples], max_batch, max_wait_s, max_queue, Watch(), worker, clock.time
         )
