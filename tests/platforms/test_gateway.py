@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -157,8 +159,13 @@ def test_what_the_champion_refuses_is_refused_and_nobody_is_asked_again(
     champion, canary = [Backend(429), Backend(429)], [Backend(429)] if beside else []
     service.route(layout, champion, canary)
     before = stand.counters(params, ATTEMPTS)
-    for _ in range(4):
-        assert service.ask()[:2] == (429, "1")
+    with closing(http.client.HTTPConnection(service.url.removeprefix("http://"))) as connection:
+        for _ in range(4):
+            connection.request("POST", "/v1/recommend", b"{}")
+            answer = connection.getresponse()
+            assert (answer.status, answer.headers["X-Slipway-Version"]) == (429, "1")
+            assert "more requests wait" in answer.read().decode() or not beside
+            assert not answer.will_close, "the client has to connect anew"
     asked = [sum(backend.asked for backend in backends) for backends in (champion, canary)]
     assert asked == [4, 4 * beside]
     new = stand.counters(params, ATTEMPTS, before, 4 + 4 * beside)

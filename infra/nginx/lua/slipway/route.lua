@@ -15,6 +15,7 @@ local LAST_READ_S = { realtime = 2, feedback = 2, batch = 30 } -- of the last on
 local TRIES_OF_VERSION = 2 -- then the champion's turn
 local TRIES = 4
 local LOGGED_ONE_IN = 100
+local NGX_BUSY = -3 -- has no name in Lua
 local BUSY = "more requests wait than can be answered in time; try again later"
 
 local function refuse(code, reason)
@@ -200,11 +201,12 @@ local function settle_failed(way)
     way.refused = outcome == "refused"
 end
 
--- Ends a request without another try. nginx takes no code from here but its own 500: `admin.explain` gives it this one.
+-- Ends a request without another try. nginx takes no code from here: `admin.explain` gives it this one. After an ERROR it
+-- would close the client's connection; not after NGX_BUSY.
 local function give_up(code, reason)
     ngx.var.slipway_code, ngx.var.slipway_reason = code, reason
     ngx.var.slipway_address = "" -- its try is settled
-    return ngx.exit(ngx.ERROR)
+    return ngx.exit(NGX_BUSY)
 end
 
 function M.balance()
