@@ -3,7 +3,7 @@
 --    "deployments": {"4": {"replicas": [{"name": "ranker-4-1", "port": 18100, "serving": true, "pool": "cpu"}, ...]}, ...},
 --    "pools": {"realtime": ["cpu", "gpu"], "batch": null, "prices": {"cpu": 0.1, "gpu": 0.9},
 --              "low_rps": 100, "high_rps": 500, "dwell_s": 60}}      without it all replicas are one pool
--- `sent_s` beside them: when it was sent, of a clock that all senders share.
+-- `sent_s` beside them: when it was sent, of a clock that all senders share; the file that is restored has none.
 -- It lies as text in a shared dict with a generation beside it; a worker decodes it anew when the generation moves.
 local cjson = require "cjson.safe"
 local health = require "slipway.health"
@@ -80,7 +80,7 @@ function M.replace(body)
         return nil, problem
     end
     local before = M.get()
-    if before and state.sent_s < before.sent_s then
+    if before and document.sent_s and document.sent_s < before.sent_s then
         return nil, "it was sent before the one in force"
     end
     for version, addresses in pairs(state.versions) do
