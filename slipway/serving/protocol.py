@@ -1,6 +1,6 @@
 """The Open Inference Protocol (V2): its messages, read into samples and written from results.
 
-Without `outputs` a client gets what the friendly endpoint reads; an output it names, it gets. Data may be flat or
+Without `outputs` a client gets what the workload's own endpoint reads; an output it names, it gets. Data may be flat or
 nested. By the binary extension, which Triton and its clients speak, tensors follow the JSON as they lie in memory,
 little-endian and in the order in which the JSON names them; a header tells where the JSON ends.
 """

@@ -17,7 +17,7 @@ THREADS = 2
 
 
 class Reader:
-    """Reads the bodies of friendly requests; made and used on the event loop.
+    """Reads the bodies of requests to the workload's own endpoint; made and used on the event loop.
 
     Args:
         endpoint: knows how.

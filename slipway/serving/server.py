@@ -27,7 +27,6 @@ import msgspec
 from slipway.errors import DeadlineError, OverloadError, RequestError, TransientError
 from slipway.params import ServeParams
 from slipway.serving import openapi, protocol
-from slipway.serving.asking import JSON, Asking
 from slipway.serving.batching import Batcher
 from slipway.serving.cache import Cache
 from slipway.serving.cache.cache import LEVELS, NONE, STALE
@@ -36,6 +35,7 @@ from slipway.serving.feedback import Memory, Shown
 from slipway.serving.metrics import CONTENT_TYPE, Metrics
 from slipway.serving.model import Model, Sample
 from slipway.serving.openapi import Route
+from slipway.serving.predictor import JSON, Predictor
 from slipway.serving.state import personal
 from slipway.serving.state.personal import State
 from slipway.serving.traces import Traces
@@ -121,7 +121,7 @@ class App:
         self._state = state
         self._make_cache = cache
         self._model: Model | None = None
-        self._asking: Asking | None = None
+        self._predictor: Predictor | None = None
         self._batcher: Batcher[Sample, Tensors] | None = None
         self._waiting_for: str | None = "the model is being loaded and checked"
         self._headers: tuple[tuple[bytes, bytes], ...] = ()
@@ -148,12 +148,12 @@ class App:
         params = self._params
         work = self._traces.work(model.predict) if self._traces else model.predict
         self._batcher = Batcher(work, params.max_batch, params.max_wait_ms / 1000, params.max_queue, self._metrics)
-        self._asking = Asking(
+        self._predictor = Predictor(
             model, self._batcher, params, self._metrics, self._memory, cache, self._headers, self._failed
         )
         self._metrics.watch_queue(self._batcher.__len__)
         self._metrics.serves(model.package)
-        self._routes |= self._routes_of(model, self._asking)
+        self._routes |= self._routes_of(model, self._predictor)
         page = openapi.document(f"slipway: {model.name}", model.version, self._routes)
         self._document = _encode(page)
         self._busy = _with(self.error(429, BUSY), b"retry-after", b"1")
@@ -162,10 +162,10 @@ class App:
     def welcome(self) -> None:
         """Be ready for traffic; what was answered before was the warm-up, in no figure and no trace."""
         assert self._batcher is not None  # there is a model
-        assert self._asking is not None
+        assert self._predictor is not None
         if self._traces:
             self._in_task = in_tasks(self._traces.answer(self), self.refuse)
-            self._asking.submit = self._traces.submit(self._batcher.submit)
+            self._predictor.submit = self._traces.submit(self._batcher.submit)
         self._waiting_for, self._metrics.warming_up = None, False
         self._metrics.ready.set(1)
 
@@ -175,9 +175,9 @@ class App:
         while self._batcher.alive:
             await asyncio.sleep(DEAD_S)
 
-    def _routes_of(self, model: Model, asking: Asking) -> dict[str, dict[str, Route]]:
+    def _routes_of(self, model: Model, predictor: Predictor) -> dict[str, dict[str, Route]]:
         package, endpoint = model.package, model.endpoint
-        self._metrics.name(asking.label)
+        self._metrics.name(predictor.label)
         about = model.name
         deadline = ({"name": "X-Deadline-Ms", "in": "header", "description": DEADLINE, "schema": POSITIVE},)
         fresh = {"name": "Cache-Control", "in": "header", "description": FRESH, "schema": {"type": "string"}}
@@ -186,8 +186,8 @@ class App:
         routes = {
             endpoint.path: {
                 "POST": Route(
-                    asking.label,
-                    asking.friendly,
+                    predictor.label,
+                    predictor.predict,
                     f"Ask the {about}",
                     answered(endpoint.answer),
                     endpoint.request,
@@ -209,7 +209,7 @@ class App:
             routes[f"{path}/infer"] = {"POST": Route("infer", self._infer, asked, inferred, infer, parameters=deadline)}
         if self._state is not None and isinstance(endpoint, Personal):
             answer = answered(endpoint.answer, "PersonalAnswer", events=int | None)
-            more = personal.routes(self._state, endpoint, answer, asking.personal, self._json)
+            more = personal.routes(self._state, endpoint, answer, predictor.personal, self._json)
             for name in personal.LABELS:
                 self._metrics.name(name)
             ask = more[endpoint.path]["GET"]
@@ -226,18 +226,18 @@ class App:
         """End the threads of engine and reader."""
         if self._batcher is not None:
             self._batcher.close()
-        if self._asking is not None:
-            self._asking.close()
+        if self._predictor is not None:
+            self._predictor.close()
 
     def begin(self, request: Request, reply: Reply) -> Response | Pending:
         """Answer one request, whatever happens; what would come too late before anything else is done for it."""
-        asking = self._asking
-        if asking is not None and request.path == asking.path and request.method == "POST":
-            if asking.sheds(request):
-                self._metrics.answered(asking.label, 429, 0.0)
+        predictor = self._predictor
+        if predictor is not None and request.path == predictor.path and request.method == "POST":
+            if predictor.should_shed(request):
+                self._metrics.answered(predictor.label, 429, 0.0)
                 return self._busy
-            if self._traces is None and asking.at_once(request):
-                return asking.begin(request, reply)
+            if self._traces is None and predictor.at_once(request):
+                return predictor.begin(request, reply)
         return self._in_task(request, reply)
 
     async def __call__(self, request: Request) -> Response:
@@ -330,8 +330,8 @@ class App:
     async def _infer(self, request: Request) -> Response:
         model = self._served()
         package, endpoint = model.package, model.endpoint
-        assert self._asking is not None  # routed to only once a model is there
-        deadline = self._asking.admitted(request)
+        assert self._predictor is not None  # routed to only once a model is there
+        deadline = self._predictor.admitted(request)
         message = protocol.parted(request.body, request.header(protocol.JSON_LENGTH))
         inference = protocol.read_infer(
             message, package.inputs, package.outputs, endpoint.outputs, self._params.max_batch
@@ -339,7 +339,7 @@ class App:
         for inputs in inference.samples:
             endpoint.check(inputs)
         samples = [Sample(Query(inputs, {}), inference.outputs) for inputs in inference.samples]
-        results = await self._asking.submit(samples, deadline)
+        results = await self._predictor.submit(samples, deadline)
         answer, raw = protocol.write_infer(model.name, model.version, inference, results, package.outputs)
         if not inference.binary:
             return self._json(answer)

@@ -10,7 +10,7 @@ A stage calls the interface below and knows nothing of any workload. Adding one 
     export.py        EXPORT: ONNX, calibration samples, golden inputs; replay(): held-out requests; muddle(): a bad copy
     scoring.py       samples, METRIC and other scores of an exported model, slices, examples, what is unknown to it;
                      chapters(run, samples, package, scores), if there is one: what it adds to the page of `evaluate`
-    schema.py        ENDPOINT: the friendly endpoint of the model server
+    schema.py        ENDPOINT: the workload's own endpoint of the model server
     offline.py       requests(params, package, work, k): a source as requests, for `predict`
 
 `part(workload, module)` imports one of them, so that a stage loads only what it needs: a replica never imports torch.
@@ -147,7 +147,7 @@ class Batches(Sequence[Tensors]):
 
 
 class Endpoint(Protocol):
-    """The friendly endpoint of a workload, made from its package by `schema.ENDPOINT(folder)`."""
+    """A workload's own endpoint, beside those of V2; made from its package by `schema.ENDPOINT(folder)`."""
 
     path: str
     """Path under the gateway, such as /v1/recommend."""

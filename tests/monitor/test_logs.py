@@ -74,8 +74,8 @@ async def fail(package: Path) -> None:
     """Ask an app whose batcher breaks."""
     app = App("1", ServeParams(), Metrics(), None)
     app.serve(models.load(package, "1", 1))
-    assert app._asking is not None
-    app._asking.submit = broken  # type: ignore[assignment]  # no request can do this
+    assert app._predictor is not None
+    app._predictor.submit = broken  # type: ignore[assignment]  # no request can do this
     headers = {b"x-request-id": b"0123abcd\nforged"}
     answer = await app(Request("POST", "/v1/recommend", b'{"history": ["item1"], "user": "secret"}', b"", headers))
     app.close()

@@ -94,7 +94,7 @@ ENDPOINTS: dict[str, tuple[Callable[[Path], Endpoint], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("workload", ENDPOINTS)
-def test_a_friendly_body_is_a_request_or_says_what_is_wrong(workload: str, tmp_path: Path) -> None:
+def test_a_body_is_a_request_or_says_what_is_wrong(workload: str, tmp_path: Path) -> None:
     make, valid = ENDPOINTS[workload]
     endpoint = make(tmp_path)
 

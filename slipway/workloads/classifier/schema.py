@@ -1,4 +1,4 @@
-"""The classifier's friendly endpoint: a picture in, the likeliest classes out.
+"""The classifier's own endpoint: a picture in, the likeliest classes out.
 
     POST /v1/classify {"image": "/9j/4AAQSkZJRg...", "k": 3}
     {"classes": [{"class": "t-shirt", "probability": 0.97}, ...]}

@@ -1,4 +1,4 @@
-"""The llm's friendly endpoint: a text in, the likeliest next tokens out.
+"""The llm's own endpoint: a text in, the likeliest next tokens out.
 
     POST /v1/complete {"text": "import numpy as", "k": 5}
     {"tokens": [{"token": " np", "probability": 0.93}, ...], "read": 4}

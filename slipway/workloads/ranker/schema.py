@@ -1,4 +1,4 @@
-"""The ranker's friendly endpoint: a history of item keys in, the best next items out.
+"""The ranker's own endpoint: a history of item keys in, the best next items out.
 
     POST /v1/recommend {"user": "u", "history": ["numpy", "pandas"], "k": 10}
     {"items": [{"item": "scipy", "score": 7.1}, ...], "ignored": []}

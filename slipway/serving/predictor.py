@@ -35,11 +35,11 @@ _encode = msgspec.json.Encoder().encode
 Headers = tuple[tuple[bytes, bytes], ...]
 
 
-class Asking:
-    """Asks one model; made and used on the event loop.
+class Predictor:
+    """Answers requests by one model; made and used on the event loop.
 
     Args:
-        model: what is asked.
+        model: what answers.
         batcher: runs it.
         params: how long a request waits, and how many.
         metrics: hear of what is answered without a task.
@@ -75,7 +75,7 @@ class Asking:
         """Read no more."""
         self._reader.close()
 
-    def sheds(self, request: Request) -> bool:
+    def should_shed(self, request: Request) -> bool:
         """Would a request come too late in any case? Not where a cache may have its answer, or it waits otherwise."""
         usual = self._cache is None and OWN_PATIENCE.isdisjoint(request.headers)
         return usual and self._batcher.late(1, self._usual_s)
@@ -85,7 +85,7 @@ class Asking:
         return self._cache is None and self._reader.quick(request.body)
 
     def begin(self, request: Request, reply: Reply) -> Response | Pending:
-        """Answer one request that `sheds` let pass, by calls alone."""
+        """Answer one request that is not shed, by calls alone."""
         began = time.monotonic()
 
         def end(response: Response) -> Response:
@@ -112,7 +112,7 @@ class Asking:
         except Exception as error:  # noqa: BLE001  # whatever it is, the client is told
             return end(self._failed(error, request, self.label))
 
-    async def friendly(self, request: Request) -> Response:
+    async def predict(self, request: Request) -> Response:
         """Answer one request as `begin` does, but with a body that takes long to read, or a cache.
 
         Raises:
@@ -122,7 +122,7 @@ class Asking:
         return await self._answer(request, deadline, await self._reader.read(request.body), {})
 
     async def personal(self, request: Request, query: Query, about: Mapping[str, Any]) -> Response:
-        """Answer a query that was made for a request; `about` is told beside the answer. Raises as `friendly`."""
+        """Answer a query that was made for a request; `about` is told beside the answer. Raises as `predict`."""
         return await self._answer(request, self._due(request), query, about)
 
     async def _answer(self, request: Request, deadline: float, query: Query, about: Mapping[str, Any]) -> Response:
