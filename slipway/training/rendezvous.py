@@ -22,8 +22,8 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -34,7 +34,8 @@ from slipway.errors import SlipwayError, TransientError
 WAIT_S = 600.0  # for a node that is not there yet: a machine may have to be found for it; torchrun waits as long
 RETRY_S, HELLO_S = 0.5, 5  # between two knocks at the first node's door; for a caller to say who it is
 LOST_S = 20  # at most, until the kernel tells that a machine on the other end is gone
-LONGEST = 1 << 20  # bytes of a message
+CALLERS = 64  # that are listened to at once, before they are known
+LONGEST, HELLO_BYTES = 1 << 20, 512  # of a message, and of a caller's first
 SIOCGIFADDR = 0x8915  # of ioctl: the address of an interface
 
 log = logging.getLogger(__name__)
@@ -197,11 +198,21 @@ def meet(node: Node, world_size: int, wait_s: float = WAIT_S) -> Iterator[Team]:
     team = _gathered(node, world_size, deadline) if node.rank == 0 else _joined(node, world_size, deadline)
     try:
         yield team
-    except Exception as error:
-        team.conclude(error)
+    except (Exception, KeyboardInterrupt) as error:
+        team.conclude(_plain(error, node))
         raise
     finally:
         _close(team)
+
+
+def _plain(error: Exception | KeyboardInterrupt, node: Node) -> Exception:
+    """What the others are told of it: who was interrupted will not be there if they start again."""
+    if not isinstance(error, KeyboardInterrupt):
+        return error
+    return SlipwayError(
+        f"training: node {node.rank} was interrupted; start the stage on all nodes again: it goes on from the last "
+        "checkpoint"
+    )
 
 
 def _close(team: Team) -> None:
@@ -214,22 +225,22 @@ def _gathered(node: Node, world_size: int, deadline: float) -> Team:
     """Be the first node: wait for all others."""
     links: dict[int, Link] = {}
     began = time.monotonic()
-    with _listening(node, node.port, deadline) as listener:
+    with _listening(node, node.port, deadline) as listener, closing(_calls(listener, deadline)) as calls:
         address = listener.getsockname()[0]
         log.info("waiting for %d more node(s) at %s:%d", node.count - 1, address, node.port)
         try:
             while missing := sorted({*range(1, node.count)} - links.keys()):
-                if not wait([listener], max(0.0, deadline - time.monotonic())):
+                if (call := next(calls, None)) is None:
                     raise TransientError(
                         f"training: node {', '.join(map(str, missing))} of {node.count} did not come to "
                         f"{address}:{node.port} in {time.monotonic() - began:.0f} s; start the stage on it with "
                         f"NODE_RANK={missing[0]} and the variables of the others, or see its log"
                     )
-                _welcome(listener, node, world_size, links)
+                _welcome(*call, node, world_size, links)
             team = Team(node, list(links.values()), _listening(node, 0, deadline), interface=interface(address))
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             for link in links.values():
-                link.tell(**_packed(error))
+                link.tell(**_packed(_plain(error, node)))
                 link.close()
             raise
     assert team.store is not None
@@ -240,16 +251,62 @@ def _gathered(node: Node, world_size: int, deadline: float) -> Team:
     return team
 
 
-def _welcome(listener: socket.socket, node: Node, world_size: int, links: dict[int, Link]) -> None:
+def _calls(listener: socket.socket, deadline: float) -> Generator[tuple[socket.socket, bytes]]:
+    """Give every caller with what it says of itself, until the deadline.
+
+    All are listened to at once, so that a slow one keeps no other waiting. Who has not said it in HELLO_S is left
+    standing, and where CALLERS speak at once, the one who called first.
+    """
+    callers: list[_Caller] = []
+    try:
+        while (now := time.monotonic()) < deadline:
+            for late in [caller for caller in callers if caller.until <= now]:
+                callers.remove(late)
+                late.end.close()
+            ends = [listener, *(caller.end for caller in callers)]
+            ready = wait(ends, min([deadline, *(caller.until for caller in callers)]) - now)
+            for caller in [caller for caller in callers if caller.end in ready]:
+                if (said := caller.hear()) is not None:
+                    callers.remove(caller)
+                    yield caller.end, said
+            if listener in ready:
+                if len(callers) == CALLERS:
+                    callers.pop(0).end.close()
+                callers.append(_Caller(listener.accept()[0]))
+    finally:
+        for caller in callers:
+            caller.end.close()
+
+
+class _Caller:
+    """Who calls, until it has said who it is."""
+
+    def __init__(self, end: socket.socket) -> None:
+        end.setblocking(False)
+        self.end, self.until, self.said = end, time.monotonic() + HELLO_S, b""
+
+    def hear(self) -> bytes | None:
+        """Read on, and not beyond a message as `Link` sends it: its size and JSON. None: it is not whole yet."""
+        size = 4 + (struct.unpack("!i", self.said[:4])[0] if len(self.said) >= 4 else 0)
+        try:
+            part = self.end.recv(size - len(self.said))
+        except OSError:
+            part = b""
+        self.said += part
+        if part and len(self.said) == 4:
+            size += struct.unpack("!i", self.said)[0]
+            part = part if 4 < size <= HELLO_BYTES else b""
+        return self.said[4:] if len(self.said) == size or not part else None
+
+
+def _welcome(end: socket.socket, said: bytes, node: Node, world_size: int, links: dict[int, Link]) -> None:
     """Take in a node that calls; whoever else calls is left standing."""
-    end, _ = listener.accept()
-    end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", HELLO_S, 0))
     link = Link(-1, end)
     try:
-        hello = link.hear()
+        hello = json.loads(said)
         link.node = int(hello["node"])
         told = {name: int(hello[name]) for name in ("NNODES", "train.world_size")}
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         told = {}
     if not 0 < link.node < told.get("NNODES", 0):
         link.close()

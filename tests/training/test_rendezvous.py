@@ -10,9 +10,11 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -174,6 +176,8 @@ def _framed(text: bytes) -> bytes:
         _framed(b'{"node": 1}'),
         _framed(b'{"node": 7, "NNODES": 2, "train.world_size": 12}'),
         _framed(b'{"node": 0, "NNODES": 2, "train.world_size": 12}'),
+        _framed(b'{"node": 1e999, "NNODES": 2, "train.world_size": 12}'),
+        _framed(b"[" * 10_000),
     ],
 )
 def test_who_is_no_launcher_is_left_standing(meet: Meet, said: bytes) -> None:
@@ -188,6 +192,34 @@ def test_who_is_no_launcher_is_left_standing(meet: Meet, said: bytes) -> None:
     first = meet(0, _well)
     until(call)
     assert meet(1, _well).result() == first.result()
+
+
+def test_strangers_who_speak_slowly_keep_no_node_waiting(meet: Meet) -> None:
+    done = threading.Event()
+
+    def drip(ends: list[socket.socket]) -> None:
+        while not done.wait(0.1):
+            for end in ends:
+                with suppress(OSError):  # it was left standing
+                    end.send(_framed(b" " * 500)[:1])
+
+    first = meet(0, _well)
+    with ExitStack() as strangers:
+        until(lambda: _called(meet.port, strangers))
+        ends = [end for _ in range(2 * rendezvous.CALLERS) if (end := _called(meet.port, strangers))]
+        dripping, began = meet.threads.submit(drip, ends), time.monotonic()
+        try:
+            assert meet(1, _well).result() == first.result()
+            assert time.monotonic() - began < rendezvous.HELLO_S
+        finally:
+            done.set()
+            dripping.result()
+
+
+def _called(port: int, open_: ExitStack) -> socket.socket | None:
+    with suppress(ConnectionRefusedError):
+        return open_.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
+    return None
 
 
 def test_what_one_node_raises_all_raise(meet: Meet) -> None:
@@ -211,6 +243,22 @@ def test_all_raise_what_the_first_node_says_even_if_it_looked_otherwise_to_them(
     for node in [meet(rank, act) for rank in range(2)]:
         with pytest.raises(TransientError, match="rank 3 ended with SIGKILL"):
             node.result()
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_that_a_node_was_interrupted_all_are_told(meet: Meet, stopped: int) -> None:
+    def act(team: Team) -> None:
+        if team.node.rank == stopped:
+            raise KeyboardInterrupt
+        if (told := heard(team, team.links[0])) is not None:
+            raise told
+
+    nodes = [meet(rank, act) for rank in range(2)]
+    with pytest.raises(SlipwayError, match=f"node {stopped} was interrupted; start the stage on all nodes") as raised:
+        nodes[1 - stopped].result()
+    assert not isinstance(raised.value, TransientError), "they would start again and wait for it"
+    with pytest.raises(KeyboardInterrupt):
+        nodes[stopped].result()
 
 
 @pytest.mark.parametrize("gone", [0, 1])
@@ -330,3 +378,24 @@ def test_two_nodes_end_bit_for_bit_as_one_machine_whatever_is_killed(
     assert sorted(path.name for path in nodes[1].folder.iterdir()) == ["data", "log", "params.yaml"], (
         "a node but the first wrote"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_when_the_first_node_is_interrupted_the_other_ends_at_once_and_says_why(tmp_path: Path, count: int) -> None:
+    shared = {"NNODES": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    nodes = [Machine(tmp_path / str(rank), tmp_path / "home") for rank in range(2)]
+    stages = [node.start({**shared, "NODE_RANK": rank}) for rank, node in enumerate(nodes)]
+    try:
+        if count == 2:  # they train
+            until(lambda: any((tmp_path / "home").glob("checkpoints/*/step-*")))
+        else:
+            until(lambda: "node 1 of 4 is there" in nodes[0].log)
+        stages[0].send_signal(signal.SIGINT)
+        codes = [stage.wait(60) for stage in stages]
+    finally:
+        for stage in stages:
+            stage.kill()
+            stage.wait()
+    assert codes == [130, 2], "\n".join(node.log for node in nodes)
+    assert "node 0 was interrupted; start the stage on all nodes again" in nodes[1].log
