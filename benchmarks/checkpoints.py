@@ -144,7 +144,7 @@ def _processes() -> Iterator[tuple[int, int, str]]:
 
 def ends(folder: Path) -> dict[str, End]:
     """Train left alone on two and on one, killed and started again, and killed and gone on with another number."""
-    data = synthetic(folder / "small", 1000, 200, 12)
+    data = synthetic(folder / "small", 4000, 200, 12)  # seconds of training on a quick machine, to be killed in
 
     def job(name: str, world_size: int, restarts: int, every_s: float) -> loop.Job:
         told = {"world_size": world_size, "restarts": restarts, "checkpoint_every_s": every_s}
@@ -152,11 +152,11 @@ def ends(folder: Path) -> dict[str, End]:
         return loop.Job("ranker", data, train, SMALL, folder / name / "checkpoints", folder / name / "out")
 
     runs: dict[str, Callable[[], End]] = {
-        "2": lambda: run(job("2", 2, 0, 0.5)),
-        "2, killed": lambda: run(job("killed", 2, 1, 0.5), killed=True),
-        "2, then 1": lambda: run(job("2-1", 2, 0, 0.5), killed=True, then=1),
-        "1": lambda: run(job("1", 1, 0, 0.5)),
-        "1, then 2": lambda: run(job("1-2", 1, 0, 0.5), killed=True, then=2),
+        "2": lambda: run(job("2", 2, 0, 0.2)),
+        "2, killed": lambda: run(job("killed", 2, 1, 0.2), killed=True),
+        "2, then 1": lambda: run(job("2-1", 2, 0, 0.2), killed=True, then=1),
+        "1": lambda: run(job("1", 1, 0, 0.2)),
+        "1, then 2": lambda: run(job("1-2", 1, 0, 0.2), killed=True, then=2),
     }
     return {name: start() for name, start in runs.items()}
 
