@@ -1,19 +1,19 @@
 """Top-K sparse training: what it saves of a step, of the optimizer's memory and of the traffic, and what it costs.
 
-    python -m benchmarks.sparse [--json FILE] [--workload ranker|llm] [--part steps|traffic|metric]
+    python -m benchmarks.sparse [--json FILE] [--model ranker|llm|llm-128] [--part steps|traffic|metric]
 
-Trains two workloads on their embedded data: the ranker, 4 blocks of width 256, and the llm, 6 layers of it. The time of
-a step is measured in one process of one thread: dense training and every setting take turns on the same batch (the
-largest of the first ones: of the ranker, full histories), all past their warm-up. A setting's time is the median in
-each period of its freezing, and the mean of those; the first two steps of a period, which select rows and find out what
-is frozen, are left out (2 of 200 as params.yaml has it). Compute is counted by torch, forward and backward. Traffic is
-what one of two processes sends.
+Trains on the workloads' embedded data: the ranker, 4 blocks of width 256, the llm, 6 layers of it, and half as wide.
+The time of a step is measured in one process of one thread: dense training and every setting take turns on the same
+batch (the largest of the first ones: of the ranker, full histories), all past their warm-up. A setting's time is the
+median in each period of its freezing, and the mean of those; the first two steps of a period, which select rows and
+find out what is frozen, are left out (2 of 200 as params.yaml has it). Compute is counted by torch, forward and
+backward. Traffic is what one of two processes sends.
 
-The metric is that of whole runs, 16 epochs (llm: 8) from each seed. Their last quarter is trained densely and with each
+The metric is that of whole runs from each seed. Their last part is trained densely and with a
 setting, from one checkpoint: a run that goes on from a checkpoint ends with the same weights as one from the start.
-Most settings are trained from the first seed alone. "stopped" is the best of the first three quarters.
+"stopped" is the best before that part.
 
-On 2 quiet cores the steps take 4 to 6 minutes a workload; how long the metric takes was not timed.
+On 2 quiet cores the steps take 4 to 6 minutes a model; how long the metric takes was not timed.
 """
 
 from __future__ import annotations
@@ -42,25 +42,17 @@ from slipway.workloads.llm.params import LlmParams
 from slipway.workloads.ranker.params import RankerParams
 
 RESULT = Path(__file__).parent / "results" / "sparse.json"
-LLM = {"layers": 6, "width": 256, "dense_width": 768, "head_width": 64, "q_lora_rank": 96, "kv_lora_rank": 64}
-MODELS: dict[str, Section] = {
-    "ranker": RankerParams(width=256, blocks=4),
-    "llm": LlmParams.model_validate({**LLM, "expert_width": 256, "epoch_tokens": 49_152}),
-}
-BATCH = {"ranker": 64, "llm": 16}
-METRIC = {"ranker": "NDCG@10", "llm": "perplexity"}
-EPOCHS = {"ranker": 16, "llm": 8}
 SEEDS = (1, 2, 3)
-WARMUP = 0.75  # share of the steps that are dense: a whole number of epochs
 PERIODS = 12  # whole turns of freezing, whose depth goes up to 1, 2, 3 or 5 blocks
 STEPS, SKIPPED = 5, 2  # of a timed period; the first select and settle, and one is counted
 PUBLISHED = 85 / 120
 Turned = Mapping[str, Any]
-DENSE, STOPPED, ROWS, OURS, TABLES = (
+DENSE, STOPPED, ROWS, OURS, HALF, TABLES = (
     "dense",
     "stopped",
     "share .3",
     "share .3, freeze .9",
+    "share .5, freeze .9",
     "share .3, freeze .9, tables",
 )
 SETTINGS: dict[str, Turned] = {
@@ -71,14 +63,46 @@ SETTINGS: dict[str, Turned] = {
     "share .1": {"share": 0.1},
     "freeze .9": {"freeze": 0.9},
     "share .7, freeze .9": {"share": 0.7, "freeze": 0.9},
-    "share .5, freeze .9": {"share": 0.5, "freeze": 0.9},
+    HALF: {"share": 0.5, "freeze": 0.9},
     OURS: {"share": 0.3, "freeze": 0.9},
     "share .1, freeze .9": {"share": 0.1, "freeze": 0.9},
     "share .1, freeze .5": {"share": 0.1, "freeze": 0.5},
     TABLES: {"share": 0.3, "freeze": 0.9, "tables": True},
 }
 SENT = (DENSE, ROWS, OURS, TABLES)  # settings whose traffic is counted
-JUDGED = (OURS, ROWS)  # settings that are trained from every seed
+
+
+def llm(width: int, epoch_tokens: int) -> LlmParams:
+    """Make the sizes of 6 layers."""
+    heads = {"head_width": width // 4, "q_lora_rank": 3 * width // 8, "kv_lora_rank": width // 4}
+    inner = {"dense_width": 3 * width, "expert_width": width}
+    return LlmParams.model_validate({"layers": 6, "width": width, **heads, **inner, "epoch_tokens": epoch_tokens})
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and how its metric is taken."""
+
+    workload: str
+    model: Section
+    batch: int
+    metric: str
+    epochs: int
+    warmup: float
+    """Share of the steps that are dense: a whole number of epochs."""
+    periods: int
+    """Of freezing, in what is left."""
+    judged: tuple[str, ...]
+    """Settings that are trained."""
+    timed: tuple[str, ...] = tuple(SETTINGS)
+    """Settings whose steps are timed."""
+
+
+CASES = {
+    "ranker": Case("ranker", RankerParams(width=256, blocks=4), 64, "NDCG@10", 16, 0.75, 16, (OURS, ROWS)),
+    "llm": Case("llm", llm(256, 49_152), 16, "perplexity", 8, 0.75, 16, (OURS, ROWS)),
+    "llm-128": Case("llm", llm(128, 40_960), 16, "perplexity", 10, 0.9, 12, (HALF,), (DENSE, HALF)),
+}
 
 
 @dataclass(frozen=True)
@@ -91,12 +115,12 @@ class Step:
     optimizer_bytes: int
 
 
-def job(workload: str, folder: Path, data: Path, sparse: Turned, **turned: Any) -> loop.Job:
+def job(name: str, folder: Path, data: Path, sparse: Turned, **turned: Any) -> loop.Job:
     """Make a run at ZeRO 0, of one process if not told otherwise."""
-    batch = BATCH[workload]
-    settings = {"epochs": EPOCHS[workload], "batch_size": batch, "world_size": 1, "zero": 0, "checkpoint_every_s": 1e6}
+    case = CASES[name]
+    settings = {"epochs": case.epochs, "batch_size": case.batch, "world_size": 1, "zero": 0, "checkpoint_every_s": 1e6}
     train = TrainParams.model_validate({**settings, "sparse": sparse, **turned})
-    return loop.Job(workload, data, train, MODELS[workload], folder / "checkpoints", folder / "out")
+    return loop.Job(case.workload, data, train, case.model, folder / "checkpoints", folder / "out")
 
 
 class Stepped(trainer.Trainer):
@@ -116,14 +140,12 @@ class Stepped(trainer.Trainer):
         return time.perf_counter() - began
 
 
-def timed(rank: int, world: int, meeting: str, workload: str, folder: Path, data: Path) -> dict[str, Step]:
+def timed(rank: int, world: int, meeting: str, model: str, folder: Path, data: Path) -> dict[str, Step]:
     """Take steps in every setting, in turns."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    told = {name: {"warmup": 0, "reselect_every": STEPS, **each} for name, each in SETTINGS.items()}
-    runs = {
-        name: Stepped(rank, world, meeting, job(workload, folder / name, data, each)) for name, each in told.items()
-    }
+    told = {name: {"warmup": 0, "reselect_every": STEPS, **SETTINGS[name]} for name in CASES[model].timed}
+    runs = {name: Stepped(rank, world, meeting, job(model, folder / name, data, each)) for name, each in told.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     operations = dict.fromkeys(runs, 0)
     for _ in range(PERIODS):
@@ -143,9 +165,9 @@ def timed(rank: int, world: int, meeting: str, workload: str, folder: Path, data
     return {name: Step(1e3 * mean(seconds[name]), operations[name] / PERIODS, sizes[name]) for name in runs}
 
 
-def stepping(workload: str, folder: Path, data: Path) -> dict[str, Any]:
+def stepping(model: str, folder: Path, data: Path) -> dict[str, Any]:
     """Measure the steps in a process of their own."""
-    return {name: asdict(each) for name, each in processes.run(1, timed, workload, folder, data).items()}
+    return {name: asdict(each) for name, each in processes.run(1, timed, model, folder, data).items()}
 
 
 def sent(rank: int, world: int, meeting: str, told: loop.Job, steps: int) -> float:
@@ -160,7 +182,7 @@ def sent(rank: int, world: int, meeting: str, told: loop.Job, steps: int) -> flo
     return (watch.sent_bytes() - before) / steps
 
 
-def traffic(workload: str, folder: Path, data: Path) -> dict[str, float]:
+def traffic(model: str, folder: Path, data: Path) -> dict[str, float]:
     """Bytes that a process of two sends in a step, by setting, and of ours with PowerSGD."""
     compressed = {"communication": {"method": "powersgd", "warmup_steps": 2}}
     told: dict[str, tuple[Turned, Turned]] = {name: (SETTINGS[name], {}) for name in SENT}
@@ -168,53 +190,56 @@ def traffic(workload: str, folder: Path, data: Path) -> dict[str, float]:
     found = {}
     for name, (each, turned) in told.items():
         sparse = {"warmup": 0, "reselect_every": 3, **each}
-        one = job(workload, folder / name, data, sparse, world_size=2, **turned)
+        one = job(model, folder / name, data, sparse, world_size=2, **turned)
         found[name] = processes.run(2, sent, one, 3 * 4)  # none to three blocks are frozen
-        print(f"{workload}: {name:32} sends {found[name] / 1e6:6.2f} MB a step", flush=True)
+        print(f"{model}: {name:32} sends {found[name] / 1e6:6.2f} MB a step", flush=True)
     return found
 
 
 class Parting(trainer.Trainer):
     """The product's loop, which leaves a checkpoint where the warm-up ends."""
 
+    warm = 0  # epochs of it
+
     def _end_epoch(self, batches: int) -> None:
         super()._end_epoch(batches)
-        if self.state.epoch == WARMUP * self.job.train.epochs:
+        if self.state.epoch == self.warm:
             self.writer.write(self.state.step, self._files())
 
 
-def trained(rank: int, world: int, meeting: str, told: loop.Job, resume: Path | None) -> list[float]:
+def trained(rank: int, world: int, meeting: str, told: loop.Job, resume: Path | None, warm: int = 0) -> list[float]:
     """Train as the product does, on one thread; the metric after each epoch."""
-    run = (Parting if resume is None else trainer.Trainer)(rank, world, meeting, told, resume)
+    run = Parting(rank, world, meeting, told, resume)
+    run.warm = warm
     run.torch.set_num_threads(1)
     return [point.metric for point in run.run().curve]
 
 
-def quality(workload: str, folder: Path, data: Path) -> dict[str, dict[str, float]]:
-    """Train from every seed, as many at once as there are cores: the metric by setting and seed."""
+def quality(model: str, folder: Path, data: Path) -> dict[str, dict[str, float]]:
+    """Train from every seed, all at once: the metric by setting and seed."""
+    case = CASES[model]
     found: dict[str, dict[str, float]] = {}
-    steps = EPOCHS[workload] * processes.run(1, _batches, job(workload, folder, data, {}))
-    # Each depth of freezing comes four times in what is left after the warm-up.
-    told = {"warmup": WARMUP, "reselect_every": max(1, round((1 - WARMUP) * steps / 16))}
+    warm = round(case.warmup * case.epochs)
+    left = (case.epochs - warm) * processes.run(1, _batches, job(model, folder, data, {}))
+    told = {"warmup": case.warmup, "reselect_every": max(1, round(left / case.periods))}
 
     def seed(number: int) -> None:
-        chosen = [*JUDGED, *(name for name in SETTINGS if number == SEEDS[0] and name not in (DENSE, *JUDGED))]
         root = folder / str(number)
-        curve = processes.run(1, trained, job(workload, root / DENSE, data, {}, seed=number), None)
+        curve = processes.run(1, trained, job(model, root / DENSE, data, {}, seed=number), None, warm)
         note(DENSE, number, curve)
-        note(STOPPED, number, curve[: round(WARMUP * EPOCHS[workload])])
-        warm = checkpoints.newest(root / DENSE / "checkpoints")
-        for name in chosen:
-            one = job(workload, root / name, data, {**SETTINGS[name], **told}, seed=number)
-            note(name, number, processes.run(1, trained, one, warm))
+        note(STOPPED, number, curve[:warm])
+        resume = checkpoints.newest(root / DENSE / "checkpoints")
+        for name in case.judged:
+            one = job(model, root / name, data, {**SETTINGS[name], **told}, seed=number)
+            note(name, number, processes.run(1, trained, one, resume))
             shutil.rmtree(root / name)
 
     def note(name: str, number: int, curve: Sequence[float]) -> None:
         best = max(curve)
-        found.setdefault(name, {})[str(number)] = math.exp(-best) if workload == "llm" else best
-        print(f"{workload}: seed {number}, {name}: {found[name][str(number)]:.5f}", flush=True)
+        found.setdefault(name, {})[str(number)] = math.exp(-best) if case.workload == "llm" else best
+        print(f"{model}: seed {number}, {name}: {found[name][str(number)]:.5f}", flush=True)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(len(SEEDS)) as pool:
         list(pool.map(seed, SEEDS))
     return found
 
@@ -224,58 +249,57 @@ def _batches(rank: int, world: int, meeting: str, told: loop.Job) -> int:
 
 
 def claims(found: Mapping[str, Any]) -> list[Claim]:
-    """Hold what was measured against what was published: by workload steps, traffic and metric."""
+    """Hold what was measured against what was published: by model steps, traffic and metric."""
     rows = []
-    for workload, measured in found.items():
+    for model, measured in found.items():
         steps = {name: Step(**each) for name, each in measured.get("steps", {}).items()}
-        rows += _saved(workload, steps) if steps else []
-        rows += _sent(workload, measured["traffic"]) if "traffic" in measured else []
-        rows += _cost(workload, measured["metric"]) if "metric" in measured else []
+        rows += _saved(model, steps) if steps else []
+        rows += _sent(model, measured["traffic"]) if "traffic" in measured else []
+        rows += _cost(model, measured["metric"]) if "metric" in measured else []
     return rows
 
 
-def _saved(workload: str, steps: Mapping[str, Step]) -> list[Claim]:
+def _saved(model: str, steps: Mapping[str, Step]) -> list[Claim]:
     dense, rows = steps[DENSE], []
     for name in sorted(set(steps) - {DENSE}, key=lambda name: (name != OURS, steps[name].ms)):
         one = steps[name]
         ratio, size = dense.ms / one.ms, one.optimizer_bytes / dense.optimizer_bytes
         told = f"{one.ms:.0f} ms: {one.ms / dense.ms:.2f} x; {one.optimizer_bytes / 1e6:.1f} MB: {size:.0%}"
         base = f"{dense.ms:.0f} ms; {dense.optimizer_bytes / 1e6:.1f} MB"
-        claim = f"{workload}: step; optimizer state: {name}"
+        claim = f"{model}: step; optimizer state: {name}"
         rows.append(Claim(claim, "120 -> 85 ms: 0.71 x", base, told, ratio, one.ms / dense.ms <= PUBLISHED))
-    if workload == "ranker":  # torch does not count the grouped products of dense experts
+    if model == "ranker":  # torch does not count the grouped products of dense experts
         ours = steps[OURS].operations
         told = f"{ours / 1e9:.1f} billion: {ours / dense.operations - 1:+.0%}"
         base = f"{dense.operations / 1e9:.1f} billion"
-        claim, ratio = f"{workload}: operations of a step: {OURS}", dense.operations / ours
+        claim, ratio = f"{model}: operations of a step: {OURS}", dense.operations / ours
         rows.append(Claim(claim, "-30 %", base, told, ratio, ours <= 0.7 * dense.operations))
     return rows
 
 
-def _sent(workload: str, sent_bytes: Mapping[str, float]) -> list[Claim]:
+def _sent(model: str, sent_bytes: Mapping[str, float]) -> list[Claim]:
     rows = []
     for name, size in sent_bytes.items():
         base = "powersgd" if name.endswith("powersgd") else DENSE
         whole = sent_bytes[base]
         if name != base:
-            claim = f"{workload}: sent by one of two processes a step: {name}"
+            claim = f"{model}: sent by one of two processes a step: {name}"
             told, without = f"{size / 1e6:.2f} MB: {size / whole:.0%}", f"{whole / 1e6:.2f} MB ({base})"
             rows.append(Claim(claim, "none", without, told, whole / size, size < whole))
     return rows
 
 
-def _cost(workload: str, metric: Mapping[str, Mapping[str, float]]) -> list[Claim]:
-    rows, dense = [], metric[DENSE]
-    for name in sorted(set(metric) - {DENSE}, key=lambda name: (-len(metric[name]), name != OURS)):
+def _cost(model: str, metric: Mapping[str, Mapping[str, float]]) -> list[Claim]:
+    rows, dense, case = [], metric[DENSE], CASES[model]
+    for name in sorted(set(metric) - {DENSE}, key=lambda name: (-len(metric[name]), name not in case.judged)):
         kept = [metric[name][seed] for seed in metric[name]]
         base = [dense[seed] for seed in metric[name]]
-        ratio = (
-            mean(base) / mean(kept) if workload == "llm" else mean(kept) / mean(base)
-        )  # of perplexity, less is better
+        less = case.workload == "llm"  # of perplexity, less is better
+        ratio = mean(base) / mean(kept) if less else mean(kept) / mean(base)
         change = paired(base, kept) if len(kept) > 1 else f"{kept[0] / base[0] - 1:+.2%}"
-        claim = f"{workload}: {METRIC[workload]}, {len(kept)} seed(s), dense for {WARMUP:.0%}, then {name}"
+        claim = f"{model}: {case.metric}, {len(kept)} seed(s), dense for {case.warmup:.0%}, then {name}"
         told = f"{mean(kept):.4f}; {change}"
-        wanted = "none: what the last quarter adds" if name == STOPPED else "within 1 %"
+        wanted = "none: what the last part adds" if name == STOPPED else "within 1 %"
         rows.append(Claim(claim, wanted, f"{mean(base):.4f}", told, ratio, ratio >= 0.99))
     return rows
 
@@ -284,18 +308,18 @@ def main() -> None:
     """Measure, print the table, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=RESULT, help="what is not measured stays as it stands there")
-    parser.add_argument("--workload", choices=tuple(MODELS), help="measure this alone")
+    parser.add_argument("--model", choices=tuple(CASES), help="measure this alone")
     parser.add_argument("--part", choices=tuple(PARTS), help="measure this alone")
     options = parser.parse_args()
     known = json.loads(options.json.read_text()) if options.json.exists() else {}
-    found = {workload: known.get(workload, {}) for workload in MODELS}
+    found = {model: known.get(model, {}) for model in CASES}
     with tempfile.TemporaryDirectory(prefix="slipway-sparse-") as temporary:
-        for workload in [options.workload] if options.workload else MODELS:
-            folder = Path(temporary) / workload
+        for model in [options.model] if options.model else CASES:
+            folder = Path(temporary) / model
             folder.mkdir()
-            base.part(workload, "ingest").ingest(config.load(), folder / "data", {})
+            base.part(CASES[model].workload, "ingest").ingest(config.load(), folder / "data", {})
             for part in [options.part] if options.part else PARTS:
-                found[workload][part] = PARTS[part](workload, folder / part, folder / "data")
+                found[model][part] = PARTS[part](model, folder / part, folder / "data")
     tell("Top-K sparse training", "python -m benchmarks.sparse", claims(found), options.json, found)
 
 
