@@ -81,7 +81,8 @@ class Platform(Protocol):
         `replicas` holds for every pool of params that does not say how many itself.
 
         Raises:
-            PlatformError: a replica did not become ready; says why, with the end of its log.
+            PlatformError: a replica did not become ready; says why, with the end of its log. Or another workload is
+                served here: versions are told apart by number alone.
         """
 
     def scale(self, version: str, replicas: int, timeout_s: float) -> None:

@@ -176,6 +176,14 @@ def test_users_never_see_a_canary_that_is_broken_but_its_failures_are_counted(tw
     assert new['{version="1",outcome="ok"}'] == 12
 
 
+def test_another_workload_is_refused_however_its_version_is_numbered(two: Here) -> None:
+    before = two.platform.status()
+    for version in ("1", "3"):
+        with pytest.raises(PlatformError, match="this service is that of workload ranker, and a stack serves one"):
+            two.platform.deploy("classifier", version, 3, 5)
+    assert two.platform.status() == before
+
+
 def test_a_version_without_a_ready_replica_or_in_use_is_refused(two: Here) -> None:
     with pytest.raises(PlatformError, match="version 9 is not deployed"):
         two.platform.route(Routing("1", "9", 0.1))

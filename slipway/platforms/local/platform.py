@@ -76,7 +76,8 @@ class LocalPlatform:
         """Bring up `replicas` of a version and wait until all are ready; on failure no new one stays behind.
 
         Raises:
-            PlatformError: a replica did not become ready; says why, with the end of its log.
+            PlatformError: a replica did not become ready; says why, with the end of its log. Or another workload is
+                served here: versions are told apart by number alone.
         """
         for name in (workload, version):
             if not _NAME.fullmatch(name):
@@ -134,6 +135,13 @@ class LocalPlatform:
             serves = any(replica["serving"] for replica in deployments.get(version, {}).get("replicas", []))
             if workload is None and not serves:
                 raise PlatformError(f"version {version} does not serve: deploy it before you scale it")
+            others = sorted({str(known["workload"]) for known in deployments.values()} - {workload})
+            if workload is not None and others:
+                raise PlatformError(
+                    f"this service is that of workload {others[0]}, and a stack serves one: start another stack for "
+                    f"{workload} (SLIPWAY_HOME, and ports of its own under `stack`), or `make clean`, which ends this "
+                    "one with all its state"
+                )
             deployment = deployments.setdefault(version, {"workload": workload, "replicas": []})
             name = workload or str(deployment["workload"])
             known = sorted(deployment["replicas"], key=lambda replica: not replica["serving"])
