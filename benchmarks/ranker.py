@@ -1,10 +1,10 @@
 """SASRec on Amazon Video Games against the published figures, through the pipeline's own training and export.
 
-    python -m benchmarks.ranker PATH/TO/video_games.txt [--epochs 75] [--width 64] [--keep FOLDER]
+    python -m benchmarks.ranker PATH/TO/video_games.txt [--epochs 75] [--width 64] [--keep FOLDER] [--json FILE]
 
 Published: HR@10 .741, NDCG@10 .536. Leave-one-out, as there: of each user the last item is the test, the one before
 chooses the epoch, and the true item is ranked among 100 that the user has not had, drawn uniformly. That is done with
-several draws, and the same answers are ranked among all items. Prints a table, writes benchmarks/results/ranker.json.
+several draws, and the same answers are ranked among all items. Prints a table, writes FILE (results/ranker.json).
 With --keep data, checkpoints and model stay in FOLDER, where a run that was killed goes on.
 """
 
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=MODEL.width)
     parser.add_argument("--processes", type=int, default=TRAIN.world_size, help="that share a step of 256 sequences")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where data, checkpoints and the model stay")
+    parser.add_argument("--json", type=Path, default=RESULT)
     options = parser.parse_args()
     shared = {"world_size": options.processes, "batch_size": TRAIN.batch_size * TRAIN.world_size // options.processes}
     params = TRAIN.model_copy(update={"epochs": options.epochs, **shared})
@@ -96,7 +97,7 @@ def main() -> None:
     result = {"metrics": found, "spread": spread, "published": PUBLISHED, "best_epoch": state.best.epoch}
     curve = [asdict(point) for point in state.curve]
     told = {**result, "seconds": seconds, "model": model.model_dump(), "train": params.model_dump(), "curve": curve}
-    artifacts.write_json(RESULT, told)
+    artifacts.write_json(options.json, told)
 
 
 if __name__ == "__main__":
