@@ -1,6 +1,6 @@
 """Top-K sparse training: what it saves of a step, of the optimizer's memory and of the traffic, and what it costs.
 
-    python -m benchmarks.sparse [--json FILE] [--model ranker|llm|llm-128] [--part steps|traffic|metric]
+    python -m benchmarks.sparse [--json FILE] [--model ranker|llm|llm-tenth|llm-128] [--part steps|traffic|metric]
 
 Trains on the workloads' embedded data: the ranker, 4 blocks of width 256, the llm, 6 layers of it, and half as wide.
 The time of a step is measured in one process of one thread: dense training and every setting take turns on the same
@@ -101,6 +101,7 @@ class Case:
 CASES = {
     "ranker": Case("ranker", RankerParams(width=256, blocks=4), 64, "NDCG@10", 16, 0.75, 16, (OURS, ROWS)),
     "llm": Case("llm", llm(256, 49_152), 16, "perplexity", 8, 0.75, 16, (OURS, ROWS)),
+    "llm-tenth": Case("llm", llm(256, 40_960), 16, "perplexity", 10, 0.9, 12, (HALF,), (DENSE, HALF)),
     "llm-128": Case("llm", llm(128, 40_960), 16, "perplexity", 10, 0.9, 12, (HALF,), (DENSE, HALF)),
 }
 
