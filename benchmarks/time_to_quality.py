@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _ours(folder: Path, epochs: int) -> Curve:
-    train = ranker.TRAIN.model_copy(update={"epochs": epochs})
+    train = ranker.TRAIN.model_copy(update={"epochs": epochs, "weight_decay": 0.0})  # as few epochs overfit little
     job = loop.Job("ranker", folder / "data", train, ranker.MODEL, folder / "checkpoints", folder / "trained")
     state = loop.train(job)
     working = 1 - state.figures["time_share"]["validation"]
