@@ -32,7 +32,7 @@ RESULT = Path(__file__).parent / "results" / "ranker.json"
 PUBLISHED = {"hr_at_10_sampled": 0.741, "ndcg_at_10_sampled": 0.536}
 DRAWS = 5  # of the negatives
 MODEL = RankerParams(width=64, blocks=2, heads=1, max_length=50, dropout=0.5, negatives=256)
-TRAIN = TrainParams(epochs=36, batch_size=128, learning_rate=0.004, weight_decay=0.1, world_size=2, zero=1)
+TRAIN = TrainParams(epochs=36, batch_size=128, learning_rate=0.004, weight_decay=0.2, world_size=2, zero=1)
 
 
 def ingest(source: Path, folder: Path) -> None:
