@@ -1,6 +1,7 @@
 """SASRec on Amazon Video Games against the published figures, through the pipeline's own training and export.
 
-    python -m benchmarks.ranker PATH/TO/video_games.txt [--epochs 36] [--width 64] [--keep FOLDER] [--json FILE]
+    python -m benchmarks.ranker PATH/TO/video_games.txt [--epochs 36] [--width 64] [--weight-decay 0.2] [--keep FOLDER]
+        [--json FILE]
 
 Published: HR@10 .741, NDCG@10 .536. Leave-one-out, as there: of each user the last item is the test, the one before
 chooses the epoch, and the true item is ranked among 100 that the user has not had, drawn uniformly. That is done with
@@ -76,12 +77,14 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="video_games.txt: `user item` a line, in time order")
     parser.add_argument("--epochs", type=int, default=TRAIN.epochs)
     parser.add_argument("--width", type=int, default=MODEL.width)
+    parser.add_argument("--weight-decay", type=float, default=TRAIN.weight_decay)
     parser.add_argument("--processes", type=int, default=TRAIN.world_size, help="that share a step of 256 sequences")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where data, checkpoints and the model stay")
     parser.add_argument("--json", type=Path, default=RESULT)
     options = parser.parse_args()
     shared = {"world_size": options.processes, "batch_size": TRAIN.batch_size * TRAIN.world_size // options.processes}
-    params = TRAIN.model_copy(update={"epochs": options.epochs, **shared})
+    turned = {"epochs": options.epochs, "weight_decay": options.weight_decay, **shared}
+    params = TRAIN.model_copy(update=turned)
     model = MODEL.model_copy(update={"width": options.width})
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
